@@ -1,0 +1,247 @@
+"""Adam, AdamW and NAdam: torch.optim's constructors, and the rule's coefficients."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardadam.gradients import BucketGrads
+from shardadam.kernels import Coefficients
+from shardadam.optimizer import ShardedOptimizer
+from shardadam.options import DEFAULT_BUCKET_BYTES, GradSync, Master, Options
+
+_ARGUMENTS = """
+
+    Arguments are those of torch.optim.{name}, in its order, and keyword-only ones of our own.
+    ``foreach``, ``fused`` and ``capturable`` are accepted and change nothing: there is one fused
+    implementation. Every rank constructs the optimizer with the same params in the same order and
+    then has the first rank's values, as under DDP; ``param.data`` becomes a view of a flat buffer,
+    so move and wrap the model first. Pass ``model.named_parameters()`` and errors name the params.
+
+    Args:
+        params: as in torch.optim: params, named params, or param groups.
+        {arguments}
+        process_group: the ranks to shard over; None: the default group, or this process alone
+            where torch.distributed is not initialized.
+        grad_sync: "mean": gradients are averaged over the ranks by `step()`; right without a
+            wrapper, and around DDP too, where it is redundant. "none": they are equal on all ranks
+            already, and are only read.
+        shard_grads: reduce gradients during backward, bucket by bucket, and free the full ones
+            (ZeRO-2): ``param.grad`` is None after backward, and `step()` consumes the shards.
+        max_grad_norm: clip the global norm of the averaged gradients inside `step()`; the norm
+            measured is then in ``grad_norm``. float("inf") measures and does not clip.
+        master: the fp32 master weights of 16-bit params. "auto": "split" for bfloat16, "fp32" for
+            float16. "split": bfloat16 and a 16-bit remainder that together are the fp32 master,
+            exactly (2 more bytes per param). "fp32": a copy beside the param (4 more bytes).
+        bucket_bytes: params are packed into buckets of about this many bytes; the unit of
+            communication, and of the memory in transit.
+
+    Raises:
+        ValueError: a hyperparameter out of range, in torch's words; params that can't be optimized,
+            or that differ between ranks, by name.
+    """
+
+
+class _AdamRule(ShardedOptimizer):
+    """Adam's coefficients, with either weight decay."""
+
+    def _coefficients(
+        self, group: dict[str, Any], step: float, *rest: float
+    ) -> Coefficients:
+        (grad_factor,) = rest
+        lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
+        return Coefficients.fold(
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            bias_correction2=1.0 - beta2**step,
+            exp_avg_rate=lr / (1.0 - beta1**step),
+            grad_rate=0.0,
+            lr=lr,
+            weight_decay=group["weight_decay"],
+            decoupled=isinstance(self, AdamW) or group.get("decoupled_weight_decay", False),
+            grad_factor=-grad_factor if group["maximize"] else grad_factor,
+        )
+
+
+class Adam(_AdamRule, torch.optim.Adam):
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        process_group: torch.distributed.ProcessGroup | None = None,
+        grad_sync: GradSync = "mean",
+        shard_grads: bool = False,
+        max_grad_norm: float | None = None,
+        master: Master = "auto",
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    ) -> None:
+        _refuse(differentiable)
+        options = Options(
+            process_group, grad_sync, shard_grads, max_grad_norm, master, bucket_bytes
+        )
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            fused=fused,
+            # torch < 2.7 does not know it.
+            **({"decoupled_weight_decay": True} if decoupled_weight_decay else {}),
+        )
+        self._shard(options)
+
+
+class AdamW(_AdamRule, torch.optim.AdamW):
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
+        grad_sync: GradSync = "mean",
+        shard_grads: bool = False,
+        max_grad_norm: float | None = None,
+        master: Master = "auto",
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    ) -> None:
+        _refuse(differentiable)
+        options = Options(
+            process_group, grad_sync, shard_grads, max_grad_norm, master, bucket_bytes
+        )
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            fused=fused,
+        )
+        self._shard(options)
+
+
+class NAdam(ShardedOptimizer, torch.optim.NAdam):
+    _scalars = {"step": 0.0, "mu_product": 1.0}  # noqa: RUF012  (as in the base class)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        process_group: torch.distributed.ProcessGroup | None = None,
+        grad_sync: GradSync = "mean",
+        shard_grads: bool = False,
+        max_grad_norm: float | None = None,
+        master: Master = "auto",
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    ) -> None:
+        _refuse(differentiable)
+        options = Options(
+            process_group, grad_sync, shard_grads, max_grad_norm, master, bucket_bytes
+        )
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            momentum_decay,
+            decoupled_weight_decay,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+        )
+        self._shard(options)
+
+    def _advance(self, grads: BucketGrads) -> None:
+        super()._advance(grads)
+        scalars = grads.bucket.scalars
+        for index, span in enumerate(grads.bucket.bucket.spans):
+            if grads.present[index]:
+                group = self.param_groups[span.group]
+                step = float(scalars["step"][index])
+                scalars["mu_product"][index] *= _momentum(group, step)
+
+    def _coefficients(
+        self, group: dict[str, Any], step: float, *rest: float
+    ) -> Coefficients:
+        mu_product, grad_factor = rest
+        lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
+        next_momentum = _momentum(group, step + 1)
+        return Coefficients.fold(
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            bias_correction2=1.0 - beta2**step,
+            exp_avg_rate=lr * next_momentum / (1.0 - mu_product * next_momentum),
+            grad_rate=lr * (1.0 - _momentum(group, step)) / (1.0 - mu_product),
+            lr=lr,
+            weight_decay=group["weight_decay"],
+            decoupled=group["decoupled_weight_decay"],
+            grad_factor=-grad_factor if group["maximize"] else grad_factor,
+        )
+
+
+def _momentum(group: dict[str, Any], step: float) -> float:
+    """NAdam's momentum schedule (Dozat 2016): beta1 * (1 - 0.96^(step * momentum_decay) / 2)."""
+    return float(group["betas"][0]) * (1.0 - 0.5 * 0.96 ** (step * group["momentum_decay"]))
+
+
+def _refuse(differentiable: bool) -> None:
+    if differentiable:
+        raise ValueError(
+            "differentiable=True is not supported: step() writes params in place. "
+            "Use torch.optim to differentiate through a step"
+        )
+
+
+_LIKE_ADAM = "lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.{name}."
+Adam.__doc__ = "Adam (Kingma & Ba 2015; AMSGrad: Reddi et al. 2018), sharded." + _ARGUMENTS.format(
+    name="Adam", arguments=_LIKE_ADAM.format(name="Adam")
+)
+AdamW.__doc__ = "AdamW (Loshchilov & Hutter 2019), sharded." + _ARGUMENTS.format(
+    name="AdamW", arguments=_LIKE_ADAM.format(name="AdamW")
+)
+NAdam.__doc__ = "NAdam (Dozat 2016), sharded." + _ARGUMENTS.format(
+    name="NAdam",
+    arguments="lr, betas, eps, weight_decay, momentum_decay, decoupled_weight_decay, maximize: as "
+    "in\n            torch.optim.NAdam.",
+)

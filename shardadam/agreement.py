@@ -1,0 +1,119 @@
+"""Ranks meet before they exchange data: every collective is entered by every rank or by none.
+
+[Note: meeting points]
+
+All data exchanges are opened by one small all-reduce (`Communicator.agree`) in which each rank says
+where it is, whether something is wrong with it, and digests of what must be equal. If a rank
+called `step()` while another is in a backward pass, if one found a bad gradient, if lr differs,
+then every rank learns so here and raises an error that says who and what; nobody is left waiting in
+a collective that will never be answered, and no state has been changed yet.
+"""
+
+import enum
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from shardadam.collectives import Communicator
+
+
+class Point(enum.IntEnum):
+    """Where ranks meet; `_NAMES` is what errors call them."""
+
+    CONSTRUCTION = 1
+    BACKWARD = 2
+    BACKWARD_END = 3
+    CLIP = 4
+    STEP = 5
+
+
+_NAMES = {
+    Point.CONSTRUCTION: "construction of the optimizer",
+    Point.BACKWARD: "backward()",
+    Point.BACKWARD_END: "the end of backward()",
+    Point.CLIP: "clip_grad_norm_()",
+    Point.STEP: "step()",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The smallest and the largest of a word over the ranks."""
+
+    low: int
+    high: int
+
+    @property
+    def agreed(self) -> bool:
+        """Whether every rank said the same."""
+        return self.low == self.high
+
+
+def float_to_word(value: float) -> int:
+    """A non-negative float as a word that keeps its value and order."""
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+def word_to_float(word: int) -> float:
+    """The float of `float_to_word`."""
+    return float(struct.unpack("<d", struct.pack("<q", word))[0])
+
+
+def digest(text: str | bytes) -> int:
+    """A small number that differs where ``text`` does (CRC-32)."""
+    return zlib.crc32(text.encode() if isinstance(text, str) else text)
+
+
+def meet(
+    communicator: Communicator,
+    point: Point,
+    words: Mapping[str, int] | None = None,
+    error: Exception | None = None,
+) -> dict[str, Range]:
+    """Meet the other ranks at ``point``, see [Note: meeting points].
+
+    Args:
+        communicator: the ranks.
+        point: where this rank is.
+        words: non-negative integers under 2^63, the same names on every rank.
+        error: what went wrong on this rank, if anything: raised here, and reported by the others.
+
+    Raises:
+        RuntimeError: ranks are at different points, or another rank has an error.
+    """
+    words = words or {}
+    if communicator.world_size == 1:
+        if error is not None:
+            raise error
+        return {name: Range(word, word) for name, word in words.items()}
+    low, high = communicator.agree([point, error is not None, *words.values()])
+    if low[0] != high[0]:
+        points = communicator.exchange(_NAMES[point])
+        places = ", ".join(f"rank {rank} is in {place}" for rank, place in enumerate(points))
+        raise RuntimeError(
+            f"ranks have come to different points: {places}. Every rank must run the same number "
+            "of backward passes, no_sync() contexts and steps."
+        ) from error
+    if high[1]:
+        reports = communicator.exchange(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        culprits = "; ".join(
+            f"rank {rank}: {report}" for rank, report in enumerate(reports) if report
+        )
+        raise RuntimeError(f"another rank stopped before {_NAMES[point]}: {culprits}")
+    return {
+        name: Range(*pair)
+        for name, pair in zip(words, zip(low[2:], high[2:], strict=True), strict=True)
+    }
+
+
+def first_difference(descriptions: Sequence[Sequence[str]]) -> str:
+    """Name the first entry in which the ranks' lists of descriptions differ."""
+    for index in range(max(len(lines) for lines in descriptions)):
+        entries = [lines[index] if index < len(lines) else "nothing" for lines in descriptions]
+        for rank, entry in enumerate(entries):
+            if entry != entries[0]:
+                return f"rank 0 has {entries[0]}, rank {rank} has {entry}"
+    raise AssertionError("no difference")

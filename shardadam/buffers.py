@@ -1,0 +1,172 @@
+"""Flat storage: params as views of a bucket's buffer, and the state of this rank's shard of it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shardadam.kernels.run import Coefficients, Run, state_dtype
+from shardadam.layout import Bucket, Piece
+
+
+def real_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of ``param``'s elements in a buffer: complex ones are pairs of reals."""
+    return torch.view_as_real(param).dtype if param.is_complex() else param.dtype
+
+
+def real_numel(param: Tensor) -> int:
+    """The number of ``param``'s elements in a buffer."""
+    return param.numel() * (2 if param.is_complex() else 1)
+
+
+class FlatBucket:
+    """One bucket: ``flat`` (all ranks' shards of params), ``state`` (this rank's shard only).
+
+    ``state`` maps "exp_avg", "exp_avg_sq" and, where used, "max_exp_avg_sq", "master" (float32) or
+    "remainder" (int16) to tensors of ``bucket.shard_numel`` elements. ``scalars`` maps "step" (and
+    NAdam's "mu_product") to tensors of one element per span, on the host.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        params: Sequence[Tensor],
+        names: Sequence[str],
+        rank: int,
+        master: str | None,
+        amsgrad: bool,
+        scalars: dict[str, float],
+    ) -> None:
+        self.bucket = bucket
+        self.params = list(params)
+        self.names = list(names)
+        self.pieces = bucket.pieces(rank)
+        first = params[0]
+        self.dtype, self.device = real_dtype(first), first.device
+        self.flat = torch.zeros(bucket.numel, dtype=self.dtype, device=self.device)
+        self.shard = self.flat.view(bucket.world_size, -1)[rank]
+        self.views = [
+            view_like(param, self.flat[span.offset : span.offset + span.numel])
+            for span, param in zip(bucket.spans, params, strict=True)
+        ]
+        for param, view in zip(params, self.views, strict=True):
+            view.copy_(param)
+            param.data = view
+        self._addresses = [view.data_ptr() for view in self.views]
+        self._packed: tuple[int, list[Tensor]] = (0, [])
+        scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        self.scalars = {
+            name: torch.full((len(self.pieces),), initial, dtype=scalar)
+            for name, initial in scalars.items()
+        }
+        self.initial_scalars = dict(scalars)
+        self.master = master
+        self.state: dict[str, Tensor] = {}
+        self._runs: dict[tuple[int, int, bool], Run] = {}
+        for name in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ())):
+            self.add_state(name)
+        if master is not None:
+            self.add_state(master)
+        if master == "master":
+            self.state[master].copy_(self.shard)
+
+    def add_state(self, name: str) -> None:
+        """Add a zeroed state tensor for the shard."""
+        dtype = torch.int16 if name == "remainder" else state_dtype(self.dtype)
+        self.state[name] = torch.zeros(self.bucket.shard_numel, dtype=dtype, device=self.device)
+        self._runs.clear()
+
+    def stale(self) -> int | None:
+        """The first span whose param is no longer the view that was given to it, if any."""
+        for index, (param, address) in enumerate(zip(self.params, self._addresses, strict=True)):
+            if param.data_ptr() != address or param.dtype != self.views[index].dtype:
+                return index
+        return None
+
+    def pack(self, grads: Sequence[Tensor | None], flat: Tensor) -> None:
+        """Copy ``grads``, one per span, into ``flat``; what has no gradient is zero."""
+        if self._packed[0] != flat.data_ptr():
+            views = [
+                view_like(param, flat[span.offset : span.offset + span.numel])
+                for span, param in zip(self.bucket.spans, self.params, strict=True)
+            ]
+            self._packed = (flat.data_ptr(), views)
+        if self.bucket.padding or any(grad is None for grad in grads):
+            flat.zero_()
+        pairs = [
+            (view, grad)
+            for view, grad in zip(self._packed[1], grads, strict=True)
+            if grad is not None
+        ]
+        if pairs:
+            torch._foreach_copy_([view for view, _ in pairs], [grad for _, grad in pairs])
+
+    def piece_of(self, piece: Piece, tensor: Tensor) -> Tensor:
+        """The elements of ``piece`` in ``tensor``, which is like the piece's param.
+
+        1-D, or of any dense shape where the piece is all of the param.
+        """
+        view = self.views[piece.span]
+        if tensor.stride() != view.stride():
+            tensor = torch.empty_like(view).copy_(tensor)
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor)
+        if piece.numel == tensor.numel():
+            return tensor
+        flat = tensor.as_strided((tensor.numel(),), (1,))
+        return flat[piece.param_offset : piece.param_offset + piece.numel]
+
+    def shard_piece(self, index: int) -> Tensor:
+        """The owned elements of the param of span ``index``."""
+        piece = self.pieces[index]
+        return self.shard[piece.shard_offset : piece.shard_offset + piece.numel]
+
+    def state_of(self, index: int) -> dict[str, Tensor]:
+        """What ``optimizer.state`` shows for the param of span ``index``: views, no copies.
+
+        Shaped like the param where this rank owns all of it, else the owned elements in the order
+        of memory (1-D, possibly empty).
+        """
+        piece, param = self.pieces[index], self.params[index]
+        shown = {name: values[index] for name, values in self.scalars.items()}
+        for name, tensor in self.state.items():
+            owned = tensor[piece.shard_offset : piece.shard_offset + piece.numel]
+            if piece.numel == self.bucket.spans[index].numel:
+                owned = view_like(param, owned)
+            shown[name] = owned
+        return shown
+
+    def run(
+        self, start: int, stop: int, grad: Tensor, coefficients: Coefficients, amsgrad: bool
+    ) -> Run:
+        """The run of shard elements ``[start, stop)``. Kept: the next step's call changes it."""
+        run = self._runs.get((start, stop, amsgrad))
+        if run is None:
+            run = self._runs[start, stop, amsgrad] = Run(
+                self.shard[start:stop],
+                self.state["exp_avg"][start:stop],
+                self.state["exp_avg_sq"][start:stop],
+                self.state["max_exp_avg_sq"][start:stop] if amsgrad else None,
+                None if self.master is None else self.state[self.master][start:stop],
+                grad,
+                coefficients,
+            )
+        run.grad, run.coefficients = grad, coefficients
+        return run
+
+
+def view_like(param: Tensor, flat: Tensor) -> Tensor:
+    """``flat`` seen with the shape of ``param``, and its strides if those are dense.
+
+    Complex where the param is; so keeps channels_last and transposed params as they are. Params
+    that are not dense (slices, expanded ones) become contiguous.
+    """
+    if param.is_complex():
+        flat = torch.view_as_complex(flat.view(flat.numel() // 2, 2))
+    strides = torch.empty_like(param, device="meta", memory_format=torch.preserve_format).stride()
+    return flat.as_strided(param.shape, strides)
+
+
+def describe(tensor: Tensor) -> str:
+    """Shape, dtype and device in a few words, for errors."""
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}".replace("torch.", "")

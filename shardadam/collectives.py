@@ -1,0 +1,159 @@
+"""The only caller of torch.distributed: the four things that sharded Adam says to its peers.
+
+`Communicator` is bound to one process group; a world of one needs no process group and sends
+nothing. Algorithms are chosen by backend, from measurements (docs/performance.md):
+
+* gloo has no reduce-scatter of its own (it all-reduces) and stages its all-gather through
+  temporaries: an all-to-all and a local sum are twice as fast, per-shard broadcasts in place four
+  times.
+* NCCL gathers in place.
+
+Gradients are summed in fp32 (fp64 for fp64) in the order of the ranks, so a sum is the same on
+every run, and divided by the world size after: a multiplication by a rounded 1/W is not exact.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardadam.kernels.run import state_dtype
+
+
+class Communicator:
+    """This process among the ranks of ``process_group`` (None: the default one, if there is one).
+
+    Attributes: ``rank`` and ``world_size`` within the group, ``backend`` its name ("none" when
+    alone), ``device`` of the tensors.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self.process_group = process_group
+        self.rank, self.world_size, self.backend = 0, 1, "none"
+        self.device = device
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        if process_group is None and not (dist.is_available() and dist.is_initialized()):
+            return
+        self.rank = dist.get_rank(process_group)
+        if self.rank < 0:
+            raise ValueError("process_group: this process is not one of its ranks")
+        self.world_size = dist.get_world_size(process_group)
+        # A group may have one backend per device type, "cpu:gloo,cuda:nccl".
+        config = str(dist.get_backend_config(process_group))
+        backends = dict(entry.split(":", 1) for entry in config.split(",") if ":" in entry)
+        if backends and device.type not in backends:
+            raise ValueError(
+                f"params are on {device.type}, but the process group's backends are {config}; "
+                f"expected one for {device.type}"
+            )
+        self.backend = backends.get(device.type, config)
+
+    def agree(self, words: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The smallest and the largest of every word over the ranks (63-bit integers).
+
+        Where the two are equal the ranks agree. One small all-reduce; it opens every exchange, so
+        that ranks that have come to different points find out instead of pairing the wrong data.
+        """
+        if self.world_size == 1:
+            return list(words), list(words)
+        both = torch.tensor([*words, *(-word for word in words)], device=self.device)
+        with self._says("agreeing on what comes next"):
+            dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.process_group)
+        values = both.tolist()
+        return [-value for value in values[len(words) :]], values[: len(words)]
+
+    def union(self, flags: Sequence[bool]) -> list[bool]:
+        """Element by element, whether any rank's flag is set."""
+        if self.world_size == 1:
+            return list(flags)
+        tensor = torch.tensor(flags, dtype=torch.uint8, device=self.device)
+        with self._says("exchanging which params have gradients"):
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.process_group)
+        return [bool(flag) for flag in tensor.tolist()]
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Every rank's small object, in the order of the ranks; for error reports only."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        with self._says("exchanging descriptions"):
+            dist.all_gather_object(values, value, group=self.process_group)
+        return values
+
+    def sum_exactly(self, words: Tensor) -> None:
+        """Sum an int64 tensor over the ranks, in place."""
+        if self.world_size > 1:
+            with self._says("summing the gradient norm"):
+                dist.all_reduce(words, group=self.process_group)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Give every rank the first rank's tensor."""
+        if self.world_size > 1 and tensor.numel():
+            with self._says("broadcasting the params"):
+                dist.broadcast(tensor, group=self.process_group, group_src=0)
+
+    def buffer(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
+        """Scratch memory that is kept and reused: fresh memory costs a page fault per 4 KiB."""
+        kept = self._buffers.get((name, dtype))
+        if kept is None or kept.numel() < numel:
+            kept = torch.empty(numel, dtype=dtype, device=self.device)
+            self._buffers[name, dtype] = kept
+        return kept[:numel]
+
+    def reduce_scatter_mean(self, flat: Tensor) -> Tensor:
+        """The mean over the ranks of this rank's shard of ``flat``, as a new fp32 (fp64) tensor.
+
+        ``flat`` holds ``world_size`` shards of equal length; it is left as it was.
+        """
+        world_size = self.world_size
+        shards = flat
+        if world_size > 1:
+            shards = self.buffer("received", flat.numel(), flat.dtype)
+            with self._says("reduce-scattering gradients"):
+                dist.all_to_all_single(shards, flat, group=self.process_group)
+        first, *others = shards.view(world_size, -1).unbind()
+        total = first.to(state_dtype(flat.dtype), copy=True)
+        for other in others:
+            total += other
+        return total.div_(world_size)
+
+    def all_gather(self, flats: Sequence[Tensor]) -> None:
+        """In each of ``flats``, fill every rank's shard from its owner; all are under way at once.
+
+        Each holds ``world_size`` shards of equal length, this rank's own being up to date.
+        """
+        if self.world_size == 1:
+            return
+        works = []
+        with self._says("all-gathering params"):
+            for flat in flats:
+                shards = flat.view(self.world_size, -1)
+                if self.backend == "nccl":
+                    works.append(
+                        dist.all_gather_into_tensor(
+                            flat, shards[self.rank], group=self.process_group, async_op=True
+                        )
+                    )
+                    continue
+                for owner, shard in enumerate(shards.unbind()):
+                    works.append(
+                        dist.broadcast(
+                            shard, group=self.process_group, group_src=owner, async_op=True
+                        )
+                    )
+            for work in works:
+                work.wait()
+
+    @contextlib.contextmanager
+    def _says(self, doing: str) -> Iterator[None]:
+        """Adds to torch.distributed's error what this optimizer was doing."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} of {self.world_size} failed while {doing} over {self.backend} "
+                f"(has a peer died?): {error}"
+            ) from error

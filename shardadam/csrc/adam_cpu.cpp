@@ -1,0 +1,252 @@
+// The CPU twin's loops over adam_update.h, written for the compiler to vectorise. This file is
+// compiled once per instruction set (SHARDADAM_ISA); every one gives the same bits, and so do the
+// vector body and the scalar tail of a loop, since each operation is correctly rounded.
+#include "twin.h"
+
+#define CONCAT_(a, b) a##b
+#define CONCAT(a, b) CONCAT_(a, b)
+#define STRING_(a) #a
+#define STRING(a) STRING_(a)
+
+namespace shardadam {
+// A namespace per instruction set: the linker must not merge one's templates with another's.
+namespace SHARDADAM_ISA {
+
+constexpr int64_t kBlock = 128;  // of a sum of squares; elements
+constexpr int64_t kTile = 64;    // worked on at a time
+constexpr int64_t kPrefetchBytes = 3072;
+
+// Work goes tile by tile: a 16-bit operand is widened into a small buffer first, in a loop of its
+// own, because a loop that mixes 16- and 64-bit lanes spends its time on shuffles. Tiles are small
+// enough that one's conversions overlap with its neighbour's divisions.
+
+// Fetches the tile that lies kPrefetchBytes ahead: the divider leaves the processor too little
+// look-ahead to do so by itself (worth 15 % at one thread).
+template <class T>
+void prefetch(const T* values) {
+  const char* ahead = reinterpret_cast<const char*>(values) + kPrefetchBytes;
+  for (int64_t byte = 0; byte < kTile * int64_t(sizeof(T)); byte += 64)
+    __builtin_prefetch(ahead + byte);
+}
+
+float decode(float value) { return value; }
+double decode(double value) { return value; }
+
+struct Bf16 {
+  uint16 bits;
+};
+float decode(Bf16 value) { return float_of_bf16(value.bits); }
+
+struct Fp16 {
+  uint16 bits;
+};
+float decode(Fp16 value) { return float_of_fp16(value.bits); }
+
+const float* widen(const float* values, int64_t, float*) { return values; }
+const double* widen(const double* values, int64_t, double*) { return values; }
+
+template <class T>
+const float* widen(const T* values, int64_t count, float* __restrict buffer) {
+  for (int64_t i = 0; i < count; ++i) buffer[i] = decode(values[i]);
+  return buffer;
+}
+
+// Param formats: `load` gives a block of master weights to be updated in place, `store` puts it
+// back.
+
+template <class T>
+struct Plain {
+  using Moment = T;
+  T* param;
+  explicit Plain(const Run& run) : param(static_cast<T*>(run.param)) {}
+  T* load(int64_t start, int64_t, T*) const { return param + start; }
+  void store(int64_t, int64_t, const T*) const {}
+  void prefetch(int64_t start) const { SHARDADAM_ISA::prefetch(param + start); }
+};
+
+struct Bf16Split {
+  using Moment = float;
+  uint16* param;
+  int16* remainder;
+  explicit Bf16Split(const Run& run)
+      : param(static_cast<uint16*>(run.param)), remainder(static_cast<int16*>(run.master)) {}
+  float* load(int64_t start, int64_t count, float* buffer) const {
+    for (int64_t i = 0; i < count; ++i)
+      buffer[i] = master_of({param[start + i], remainder[start + i]});
+    return buffer;
+  }
+  void store(int64_t start, int64_t count, const float* buffer) const {
+    uint16* __restrict high = param + start;
+    int16* __restrict low = remainder + start;
+    for (int64_t i = 0; i < count; ++i) {
+      const Split split = split_of(buffer[i]);
+      high[i] = split.param;
+      low[i] = split.remainder;
+    }
+  }
+  void prefetch(int64_t start) const {
+    SHARDADAM_ISA::prefetch(param + start);
+    SHARDADAM_ISA::prefetch(remainder + start);
+  }
+};
+
+// Where the param is no longer what its master was rounded to, somebody wrote it since the last
+// step (a loaded model, a clamp): then the param is right and its master is renewed.
+template <uint16 (*kEncode)(float), float (*kDecode)(uint16)>
+struct WithMaster {
+  using Moment = float;
+  uint16* param;
+  float* master;
+  explicit WithMaster(const Run& run)
+      : param(static_cast<uint16*>(run.param)), master(static_cast<float*>(run.master)) {}
+  float* load(int64_t start, int64_t count, float* buffer) const {
+    const uint16* __restrict rounded = param + start;
+    const float* __restrict exact = master + start;
+    for (int64_t i = 0; i < count; ++i)
+      buffer[i] = kEncode(exact[i]) == rounded[i] ? exact[i] : kDecode(rounded[i]);
+    return buffer;
+  }
+  void store(int64_t start, int64_t count, const float* buffer) const {
+    uint16* __restrict rounded = param + start;
+    float* __restrict exact = master + start;
+    for (int64_t i = 0; i < count; ++i) {
+      exact[i] = buffer[i];
+      rounded[i] = kEncode(buffer[i]);
+    }
+  }
+  void prefetch(int64_t start) const {
+    SHARDADAM_ISA::prefetch(param + start);
+    SHARDADAM_ISA::prefetch(master + start);
+  }
+};
+
+// `count` is a constant in full tiles, so that the loops below unroll into each other.
+template <class Format, class Grad, bool kAmsgrad, bool kNesterov, bool kL2>
+inline __attribute__((always_inline)) void update_tile(const Run& run, const Coefficients& c,
+                                                       int64_t start, int64_t count) {
+  using Moment = typename Format::Moment;
+  const Format format(run);
+  const Grad* grads = static_cast<const Grad*>(run.grad) + start;
+  Moment* __restrict exp_avg = static_cast<Moment*>(run.exp_avg) + start;
+  Moment* __restrict exp_avg_sq = static_cast<Moment*>(run.exp_avg_sq) + start;
+  Moment* __restrict max_exp_avg_sq =
+      kAmsgrad ? static_cast<Moment*>(run.max_exp_avg_sq) + start : nullptr;
+  format.prefetch(start);
+  prefetch(grads);
+  prefetch(exp_avg);
+  prefetch(exp_avg_sq);
+
+  Moment param_buffer[kTile], grad_buffer[kTile];
+  Moment* __restrict param = format.load(start, count, param_buffer);
+  const Moment* __restrict grad = widen(grads, count, grad_buffer);
+  for (int64_t i = 0; i < count; ++i) {
+    Element x{param[i], exp_avg[i], exp_avg_sq[i], kAmsgrad ? max_exp_avg_sq[i] : 0};
+    shardadam::update<kAmsgrad, kNesterov, kL2>(x, grad[i], c);
+    exp_avg[i] = Moment(x.exp_avg);
+    exp_avg_sq[i] = Moment(x.exp_avg_sq);
+    if (kAmsgrad) max_exp_avg_sq[i] = Moment(x.max_exp_avg_sq);
+    param[i] = Moment(x.param);
+  }
+  format.store(start, count, param);
+}
+
+template <class Format, class Grad, bool kAmsgrad, bool kNesterov, bool kL2>
+void update_range(const Run& run, int64_t begin, int64_t end) {
+  const Coefficients c = *run.coefficients;
+  int64_t start = begin;
+  for (; start + kTile <= end; start += kTile)
+    update_tile<Format, Grad, kAmsgrad, kNesterov, kL2>(run, c, start, kTile);
+  if (start < end) update_tile<Format, Grad, kAmsgrad, kNesterov, kL2>(run, c, start, end - start);
+}
+
+template <class Format, class Grad>
+UpdateRange pick_flags(int32_t flags) {
+  switch (flags) {
+    case 0: return update_range<Format, Grad, false, false, false>;
+    case kFlagAmsgrad: return update_range<Format, Grad, true, false, false>;
+    case kFlagNesterov: return update_range<Format, Grad, false, true, false>;
+    case kFlagL2: return update_range<Format, Grad, false, false, true>;
+    case kFlagL2 | kFlagAmsgrad: return update_range<Format, Grad, true, false, true>;
+    case kFlagL2 | kFlagNesterov: return update_range<Format, Grad, false, true, true>;
+    default: return nullptr;
+  }
+}
+
+template <class Format>
+UpdateRange pick_grad(int32_t grad_format, int32_t flags) {
+  switch (grad_format) {
+    case kGradFloat32: return pick_flags<Format, float>(flags);
+    case kGradBf16: return pick_flags<Format, Bf16>(flags);
+    case kGradFp16: return pick_flags<Format, Fp16>(flags);
+    default: return nullptr;
+  }
+}
+
+UpdateRange pick(int32_t param_format, int32_t grad_format, int32_t flags) {
+  switch (param_format) {
+    case kFloat32: return pick_grad<Plain<float>>(grad_format, flags);
+    case kFloat64:
+      return grad_format == kGradFloat64 ? pick_flags<Plain<double>, double>(flags) : nullptr;
+    case kBf16Split: return pick_grad<Bf16Split>(grad_format, flags);
+    case kBf16Master: return pick_grad<WithMaster<bf16_of, float_of_bf16>>(grad_format, flags);
+    case kFp16Master: return pick_grad<WithMaster<fp16_of, float_of_fp16>>(grad_format, flags);
+    default: return nullptr;
+  }
+}
+
+void add_exactly(double value, int64_t* words) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, &value, 8);
+  const int exponent = int(bits >> 52) & 0x7ff;
+  uint64_t significand = bits & 0xfffffffffffffull;
+  if (exponent == 0x7ff) {
+    words[kLimbs + (significand ? 1 : 0)] += 1;
+    return;
+  }
+  if (exponent) significand |= 1ull << 52;
+  const int position = exponent ? exponent - 1 : 0;  // value = significand * 2^(position - 1074)
+  const int shift = position % 32;
+  const uint64_t low = (significand & 0xffffffffu) << shift;
+  const uint64_t high = (significand >> 32) << shift;
+  int64_t* limb = words + position / 32;
+  limb[0] += int64_t(low & 0xffffffffu);
+  limb[1] += int64_t((low >> 32) + (high & 0xffffffffu));
+  limb[2] += int64_t(high >> 32);
+}
+
+// Squares are summed in double over each block of 128 elements by halving (64 + 64, 32 + 32, …,
+// the order a warp can keep), and the blocks' sums are added up exactly.
+template <class Grad>
+void sum_squares(const void* values, int64_t numel, int64_t* words) {
+  const Grad* __restrict grad = static_cast<const Grad*>(values);
+  for (int64_t start = 0; start < numel; start += kBlock) {
+    double squares[kBlock] = {};
+    const int64_t count = numel - start < kBlock ? numel - start : kBlock;
+    for (int64_t i = 0; i < count; ++i) {
+      const double value = decode(grad[start + i]);
+      squares[i] = value * value;
+    }
+    for (int64_t half = kBlock / 2; half > 0; half /= 2)
+      for (int64_t i = 0; i < half; ++i) squares[i] += squares[i + half];
+    add_exactly(squares[0], words);
+  }
+}
+
+SumSquares pick_sum(int32_t grad_format) {
+  switch (grad_format) {
+    case kGradFloat32: return sum_squares<float>;
+    case kGradFloat64: return sum_squares<double>;
+    case kGradBf16: return sum_squares<Bf16>;
+    case kGradFp16: return sum_squares<Fp16>;
+    default: return nullptr;
+  }
+}
+
+}  // namespace SHARDADAM_ISA
+
+const Loops& CONCAT(loops_, SHARDADAM_ISA)() {
+  static const Loops loops{STRING(SHARDADAM_ISA), SHARDADAM_ISA::pick, SHARDADAM_ISA::pick_sum};
+  return loops;
+}
+
+}  // namespace shardadam

@@ -1,0 +1,137 @@
+// The CPU twin's entry points: plain C, raw pointers, no torch ABI. Picks the best instruction set
+// that this processor has and spreads the work over threads.
+#include "twin.h"
+
+#include <algorithm>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace shardadam {
+namespace {
+
+// Under this many elements a thread costs more to start than it saves.
+constexpr int64_t kElementsPerThread = int64_t(1) << 16;
+constexpr int64_t kCut = 128;
+
+const Loops& loops() {
+#if defined(SHARDADAM_HAVE_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512cd"))
+    return loops_avx512();
+#endif
+#if defined(SHARDADAM_HAVE_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("bmi2"))
+    return loops_avx2();
+#endif
+  return loops_baseline();
+}
+
+// Calls work(part, begin, end) with [0, total) cut into equal ranges, one per thread; part 0 runs
+// here. Threads live for one call, so a process may fork between calls. Where the system refuses a
+// thread, the caller does its range.
+template <class Work>
+void parallel(int64_t total, int32_t parts, Work work) {
+  const int64_t step = (total / parts + kCut) / kCut * kCut;
+  std::vector<std::thread> threads;
+  threads.reserve(size_t(parts));
+  for (int32_t part = 1; part < parts; ++part) {
+    const int64_t begin = std::min(total, step * part), end = std::min(total, begin + step);
+    try {
+      threads.emplace_back(work, part, begin, end);
+    } catch (const std::system_error&) {
+      work(part, begin, end);
+    }
+  }
+  work(0, int64_t(0), std::min(total, step));
+  for (std::thread& thread : threads) thread.join();
+}
+
+int32_t parts_for(int64_t total, int32_t threads) {
+  const int64_t useful = total / kElementsPerThread;
+  return int32_t(std::max<int64_t>(1, std::min<int64_t>(threads, useful)));
+}
+
+// Walks the part of each of `count` ranges that lies in [begin, end) of all of them in a row.
+template <class Numel, class Visit>
+void walk(int64_t count, Numel numel, int64_t begin, int64_t end, Visit visit) {
+  int64_t start = 0;
+  for (int64_t index = 0; index < count && start < end; ++index) {
+    const int64_t size = numel(index);
+    const int64_t first = std::max(begin - start, int64_t(0)), last = std::min(end - start, size);
+    if (first < last) visit(index, first, last);
+    start += size;
+  }
+}
+
+}  // namespace
+}  // namespace shardadam
+
+using namespace shardadam;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int32_t shardadam_abi_version() { return kAbiVersion; }
+
+EXPORT const char* shardadam_isa() { return loops().name; }
+
+// Updates `count` runs. Returns 0, or 1 + the index of the first run whose formats are unknown, in
+// which case nothing was changed.
+EXPORT int64_t shardadam_update(const Run* runs, int64_t count, int32_t threads) {
+  const Loops& isa = loops();
+  std::vector<UpdateRange> updates;
+  updates.reserve(size_t(count));
+  int64_t total = 0;
+  for (int64_t index = 0; index < count; ++index) {
+    const Run& run = runs[index];
+    updates.push_back(isa.update(run.param_format, run.grad_format, run.flags));
+    if (!updates.back()) return 1 + index;
+    total += run.numel;
+  }
+  parallel(total, parts_for(total, threads), [&](int32_t, int64_t begin, int64_t end) {
+    walk(
+        count, [&](int64_t index) { return runs[index].numel; }, begin, end,
+        [&](int64_t index, int64_t first, int64_t last) {
+          updates[size_t(index)](runs[index], first, last);
+        });
+  });
+  return 0;
+}
+
+// Adds the squares of values[0, numel) to an exact sum of kSumWords words; 1 if the format is
+// unknown.
+EXPORT int64_t shardadam_sum_squares(const void* values, int64_t numel, int32_t grad_format,
+                                     int64_t* words, int32_t threads) {
+  const SumSquares sum = loops().sum_squares(grad_format);
+  if (!sum) return 1;
+  const int64_t width = grad_format == kGradFloat64 ? 8 : grad_format == kGradFloat32 ? 4 : 2;
+  const int32_t parts = parts_for(numel, threads);
+  std::vector<int64_t> partial(size_t(parts) * kSumWords, 0);
+  parallel(numel, parts, [&](int32_t part, int64_t begin, int64_t end) {
+    sum(static_cast<const char*>(values) + begin * width, end - begin,
+        partial.data() + int64_t(part) * kSumWords);
+  });
+  for (size_t i = 0; i < partial.size(); ++i) words[i % kSumWords] += partial[i];
+  return 0;
+}
+
+// The split master's codec over arrays (see adam_update.h).
+EXPORT void shardadam_split(const float* master, uint16_t* param, int16_t* remainder,
+                            int64_t numel, int32_t threads) {
+  parallel(numel, parts_for(numel, threads), [&](int32_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Split split = split_of(master[i]);
+      param[i] = split.param;
+      remainder[i] = split.remainder;
+    }
+  });
+}
+
+EXPORT void shardadam_join(const uint16_t* param, const int16_t* remainder, float* master,
+                           int64_t numel, int32_t threads) {
+  parallel(numel, parts_for(numel, threads), [&](int32_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) master[i] = master_of({param[i], remainder[i]});
+  });
+}

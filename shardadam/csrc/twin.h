@@ -1,0 +1,56 @@
+// What twin.cpp (entry points, dispatch, threads) and adam_cpu.cpp (the loops, compiled once per
+// instruction set) share. kernels/cpu.py mirrors Run and the codes below.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "adam_update.h"
+
+namespace shardadam {
+
+constexpr int kAbiVersion = 1;
+
+// How a param is stored. kBf16Split: bf16 and a 16-bit remainder. kBf16Master, kFp16Master: the
+// param beside an fp32 copy that is its master weight.
+enum ParamFormat : int32_t { kFloat32, kFloat64, kBf16Split, kBf16Master, kFp16Master };
+enum GradFormat : int32_t { kGradFloat32, kGradFloat64, kGradBf16, kGradFp16 };
+enum Flags : int32_t { kFlagAmsgrad = 1, kFlagNesterov = 2, kFlagL2 = 4 };
+
+// Contiguous elements that share hyperparameters. Moments are float (double with kFloat64).
+struct Run {
+  void* param;
+  void* master;  // int16 remainder, float master, or null
+  const void* grad;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq;  // null without kFlagAmsgrad
+  const Coefficients* coefficients;
+  int64_t numel;
+  int32_t param_format;
+  int32_t grad_format;
+  int32_t flags;
+  int32_t reserved;
+};
+
+// An exact sum of doubles: a fixed-point number of 32-bit limbs, limb k worth 2^(32k - 1074), held
+// in 64 bits each so that 2^31 additions can't overflow; the last two count infinities and NaNs.
+// Integers add up to the same total in any order, so the norm can't depend on the world size.
+constexpr int kLimbs = 68;
+constexpr int kSumWords = kLimbs + 2;
+
+using UpdateRange = void (*)(const Run&, int64_t begin, int64_t end);
+using SumSquares = void (*)(const void* values, int64_t numel, int64_t* words);
+
+// One instruction set's loops.
+struct Loops {
+  const char* name;
+  UpdateRange (*update)(int32_t param_format, int32_t grad_format, int32_t flags);
+  SumSquares (*sum_squares)(int32_t grad_format);
+};
+
+const Loops& loops_baseline();
+const Loops& loops_avx2();
+const Loops& loops_avx512();
+
+}  // namespace shardadam

@@ -1,0 +1,249 @@
+"""Gradients, from ``param.grad`` of every rank to what the update reads.
+
+Where they need no exchange (one rank, or ``grad_sync="none"``) they are read from ``param.grad`` in
+place. Otherwise each bucket is packed and reduce-scattered: in `step()`, or, with
+``shard_grads=True``, inside backward as soon as the bucket's last gradient has arrived, after
+which the full gradients are freed.
+"""
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from shardadam.agreement import Point, digest, meet
+from shardadam.buffers import FlatBucket, describe
+from shardadam.collectives import Communicator
+from shardadam.layout import Piece
+
+
+class BucketGrads:
+    """The gradients of one bucket.
+
+    ``present``: for each span, whether any rank has a gradient (after the reduction). ``shard``:
+    this rank's shard of the mean, or None where ``param.grad`` is read in place.
+    """
+
+    def __init__(self, bucket: FlatBucket) -> None:
+        self.bucket = bucket
+        self.present = [False] * len(bucket.params)
+        self.shard: Tensor | None = None
+        self.arrived = 0
+
+    def local(self) -> list[Tensor | None]:
+        """``param.grad`` of every span."""
+        return [param.grad for param in self.bucket.params]
+
+    def owned(self) -> list[tuple[int, Piece, Tensor]]:
+        """This rank's pieces that have a gradient: span index, piece, its elements (1-D)."""
+        bucket, shard, local = self.bucket, self.shard, self.local()
+        owned = []
+        for index, piece in enumerate(bucket.pieces):
+            if piece.numel and self.present[index]:
+                if shard is not None:
+                    grad = shard[piece.shard_offset : piece.shard_offset + piece.numel]
+                else:
+                    full = local[index]
+                    assert full is not None
+                    grad = bucket.piece_of(piece, full)
+                owned.append((index, piece, grad))
+        return owned
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.present = [False] * len(self.bucket.params)
+        self.shard = None
+        self.arrived = 0
+
+
+class GradReducer:
+    """All buckets' gradients. ``exchanges``: they are averaged here; ``eager``: during backward."""
+
+    def __init__(self, communicator: Communicator, grad_sync: str, shard_grads: bool) -> None:
+        self.exchanges = grad_sync == "mean" and communicator.world_size > 1
+        self.eager = self.exchanges and shard_grads
+        self.grads: list[BucketGrads] = []
+        self._communicator = communicator
+        self._syncing = True
+        self._backward: int | None = None  # autograd's id of the backward pass under way
+        self._launched = 0  # buckets whose reduction has been started in this backward pass
+
+    def add(self, buckets: list[FlatBucket]) -> None:
+        """Take charge of more buckets."""
+        this = weakref.ref(self)
+        for bucket in buckets:
+            index = len(self.grads)
+            self.grads.append(BucketGrads(bucket))
+            if self.eager:
+                for param in bucket.params:
+                    if param.requires_grad:
+                        hook = functools.partial(_arrived, this, index)
+                        param.register_post_accumulate_grad_hook(hook)
+
+    def clear(self) -> None:
+        """Forget reduced gradients; ``param.grad`` is not touched."""
+        for grads in self.grads:
+            grads.clear()
+
+    def check(self) -> None:
+        """Raise if a gradient can't be used; names the param.
+
+        Raises:
+            RuntimeError: a sparse gradient.
+            ValueError: a gradient of another dtype, device or shape than its param's.
+        """
+        for grads in self.grads:
+            bucket = grads.bucket
+            for name, param, grad in zip(bucket.names, bucket.params, grads.local(), strict=True):
+                if grad is not None:
+                    _check_grad(name, param, grad)
+
+    def presence(self) -> list[bool]:
+        """Per span of every bucket in order: is there a gradient, here or already reduced?"""
+        return [
+            present or grad is not None
+            for grads in self.grads
+            for present, grad in zip(grads.present, grads.local(), strict=True)
+        ]
+
+    def unreduced(self) -> bool:
+        """Whether gradients wait in ``param.grad`` although backward should have reduced them."""
+        return self.eager and any(grad is not None for grads in self.grads for grad in grads.local())
+
+    def fingerprint(self) -> int:
+        """Of this rank's first gradient; 0 if that is all zero."""
+        for grads in self.grads:
+            for grad in grads.local():
+                if grad is not None and grad.numel():
+                    total = float(grad.detach().abs().sum(dtype=torch.float64))
+                    return digest(repr(total)) if total else 0
+        return 0
+
+    def versions(self) -> list[tuple[int, int] | None]:
+        """Where every ``param.grad`` is and how often it was written."""
+        return [
+            None if grad is None else (grad.data_ptr(), grad._version)
+            for grads in self.grads
+            for grad in grads.local()
+        ]
+
+    def changed_since(self, versions: list[tuple[int, int] | None]) -> str | None:
+        """The name of the first param whose gradient is not what it was at `versions`."""
+        names = [name for grads in self.grads for name in grads.bucket.names]
+        for name, before, now in zip(names, versions, self.versions(), strict=False):
+            if before != now:
+                return name
+        return None
+
+    def reduce(self, present: list[bool], rescale: float = 1.0) -> None:
+        """Bring every bucket's gradients to where the update reads them.
+
+        Args:
+            present: as `presence`, but agreed on by all ranks.
+            rescale: this rank's gradients are multiplied by it first.
+        """
+        offset = 0
+        for grads in self.grads:
+            count = len(grads.present)
+            grads.present = present[offset : offset + count]
+            offset += count
+            if self.exchanges and not self.eager and any(grads.present):
+                self._reduce_bucket(grads, rescale)
+
+    def reduce_leftovers(self) -> None:
+        """With ``shard_grads``: reduce what no backward pass has (a `no_sync()`, a hand-made grad).
+
+        Entered by every rank, whether it has leftovers or not.
+        """
+        for grads in self.grads:
+            self._reduce_bucket(grads)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let gradients pile up in ``param.grad`` in backward passes under this context."""
+        before, self._syncing = self._syncing, False
+        try:
+            yield
+        finally:
+            self._syncing = before
+
+    def on_grad(self, index: int) -> None:
+        """A gradient of bucket ``index`` has been accumulated by the backward pass under way."""
+        if not self._syncing:
+            return
+        backward = torch._C._current_graph_task_id()
+        if self._backward != backward:
+            # Also after a backward pass that was broken off by an exception.
+            self._backward = backward
+            self._launched = 0
+            for grads in self.grads:
+                grads.arrived = 0
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+            meet(self._communicator, Point.BACKWARD)
+        self.grads[index].arrived += 1
+        # The buckets' order is the layout's, whatever the order in which they fill: every rank
+        # must reduce the same bucket at the same time.
+        while self._launched < len(self.grads) and self._is_full(self.grads[self._launched]):
+            self._launch()
+
+    def _is_full(self, grads: BucketGrads) -> bool:
+        return grads.arrived == sum(param.requires_grad for param in grads.bucket.params)
+
+    def _launch(self) -> None:
+        self._reduce_bucket(self.grads[self._launched])
+        self._launched += 1
+
+    def _end_backward(self) -> None:
+        """Reduce the buckets that did not fill (unused params), so that no rank waits for them."""
+        self._backward = None
+        while self._launched < len(self.grads):
+            self._launch()
+        present = [present for grads in self.grads for present in grads.present]
+        seen = meet(self._communicator, Point.BACKWARD_END, {"present": digest(bytes(present))})
+        if not seen["present"].agreed:
+            present = self._communicator.union(present)
+        self.reduce(present)
+
+    @torch.no_grad()
+    def _reduce_bucket(self, grads: BucketGrads, rescale: float = 1.0) -> None:
+        bucket = grads.bucket
+        local = grads.local()
+        if self.eager:
+            for name, param, grad in zip(bucket.names, bucket.params, local, strict=True):
+                if grad is not None:
+                    _check_grad(name, param, grad)
+        packed = self._communicator.buffer("packed", bucket.bucket.numel, bucket.dtype)
+        bucket.pack(local, packed)
+        if rescale != 1.0:
+            packed.mul_(rescale)
+        mean = self._communicator.reduce_scatter_mean(packed)
+        if not self.eager:
+            grads.shard = mean
+            return
+        grads.shard = mean if grads.shard is None else grads.shard.add_(mean)
+        for index, (param, grad) in enumerate(zip(bucket.params, local, strict=True)):
+            if grad is not None:
+                grads.present[index] = True
+                param.grad = None
+
+
+def _arrived(reducer: "weakref.ref[GradReducer]", index: int, param: Tensor) -> None:
+    """The hook on a param. It does not keep a discarded optimizer alive, and then does nothing."""
+    alive = reducer()
+    if alive is not None:
+        alive.on_grad(index)
+
+
+def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"{name}: Adam does not support sparse gradients, please consider SparseAdam instead"
+        )
+    # autograd and the setter of .grad see to this; a param changed by .data slips through.
+    if grad.dtype != param.dtype or grad.device != param.device or grad.shape != param.shape:
+        raise ValueError(
+            f"{name}: expected a gradient like the param, {describe(param)}; found {describe(grad)}"
+        )

@@ -1,0 +1,174 @@
+"""The compiled CPU twin: finds the library, passes it raw pointers. No torch ABI, no compiler."""
+
+import ctypes
+import importlib.metadata
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shardadam.kernels import exact_sum
+from shardadam.kernels.run import Coefficients, Run
+
+_ABI_VERSION = 1
+_FILE = "libshardadam_cpu.dylib" if sys.platform == "darwin" else "libshardadam_cpu.so"
+
+# enum ParamFormat, GradFormat and Flags of csrc/twin.h
+_PARAM_FORMATS = {
+    (torch.float32, None): 0,
+    (torch.float64, None): 1,
+    (torch.bfloat16, torch.int16): 2,
+    (torch.bfloat16, torch.float32): 3,
+    (torch.float16, torch.float32): 4,
+}
+_GRAD_FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_AMSGRAD, _NESTEROV, _L2 = 1, 2, 4
+
+
+class _Coefficients(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_double) for name in Coefficients.__slots__]
+    address: int
+    flags: int
+
+    @classmethod
+    def of(cls, values: Coefficients) -> "_Coefficients":
+        made = cls(*(getattr(values, name) for name in Coefficients.__slots__))
+        made.address = ctypes.addressof(made)
+        made.flags = (_NESTEROV if values.grad_to_update else 0) | (_L2 if values.l2 else 0)
+        return made
+
+
+class _Run(ctypes.Structure):
+    _fields_ = [
+        ("param", ctypes.c_void_p),
+        ("master", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+        ("exp_avg", ctypes.c_void_p),
+        ("exp_avg_sq", ctypes.c_void_p),
+        ("max_exp_avg_sq", ctypes.c_void_p),
+        ("coefficients", ctypes.c_void_p),
+        ("numel", ctypes.c_int64),
+        ("param_format", ctypes.c_int32),
+        ("grad_format", ctypes.c_int32),
+        ("flags", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    ]
+
+
+class Twin:
+    """The compiled twin as a `Backend`. Threads follow ``torch.get_num_threads()``."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        library.shardadam_isa.restype = ctypes.c_char_p
+        library.shardadam_update.restype = ctypes.c_int64
+        library.shardadam_sum_squares.restype = ctypes.c_int64
+        self._library = library
+        self.name = f"compiled CPU twin ({library.shardadam_isa().decode()})"
+
+    def update(self, runs: Sequence[Run]) -> None:
+        """Update every run in place, in one call.
+
+        Raises:
+            ValueError: a combination of dtypes that no kernel exists for; nothing was changed.
+        """
+        shared: dict[int, _Coefficients] = {}  # by identity, while `runs` keeps them alive
+        table = (_Run * len(runs))()
+        for index, run in enumerate(runs):
+            if run.prepared is None:
+                run.prepared = _prepare(run)
+            entry: _Run = run.prepared
+            coefficients = shared.get(id(run.coefficients))
+            if coefficients is None:
+                coefficients = shared[id(run.coefficients)] = _Coefficients.of(run.coefficients)
+            entry.coefficients = coefficients.address
+            entry.flags = (entry.flags & _AMSGRAD) | coefficients.flags
+            entry.grad = run.grad.data_ptr()
+            entry.grad_format = _GRAD_FORMATS.get(run.grad.dtype, -1)
+            table[index] = entry
+        failed = self._library.shardadam_update(
+            table, ctypes.c_int64(len(runs)), ctypes.c_int32(torch.get_num_threads())
+        )
+        if failed:
+            raise ValueError(_no_kernel(runs[failed - 1]))
+
+    def sum_squares(self, values: Tensor, words: Tensor) -> None:
+        """Add the squares of ``values`` to the exact sum ``words``."""
+        assert words.numel() == exact_sum.WORDS
+        failed = self._library.shardadam_sum_squares(
+            ctypes.c_void_p(values.data_ptr()),
+            ctypes.c_int64(values.numel()),
+            ctypes.c_int32(_GRAD_FORMATS[values.dtype]),
+            ctypes.c_void_p(words.data_ptr()),
+            ctypes.c_int32(torch.get_num_threads()),
+        )
+        assert not failed
+
+    def split(self, master: Tensor) -> tuple[Tensor, Tensor]:
+        """As `reference.split_master`."""
+        param = torch.empty_like(master, dtype=torch.bfloat16)
+        remainder = torch.empty_like(master, dtype=torch.int16)
+        self._codec(self._library.shardadam_split, master, param, remainder)
+        return param, remainder
+
+    def join(self, param: Tensor, remainder: Tensor) -> Tensor:
+        """As `reference.join_master`."""
+        master = torch.empty_like(param, dtype=torch.float32)
+        self._codec(self._library.shardadam_join, param, remainder, master)
+        return master
+
+    def _codec(self, function: "ctypes._NamedFuncPointer", *tensors: Tensor) -> None:
+        function(
+            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
+            ctypes.c_int64(tensors[0].numel()),
+            ctypes.c_int32(torch.get_num_threads()),
+        )
+
+
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and a short reason."""
+    for path in _candidates():
+        if not path.is_file():
+            continue
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            return None, f"{path.name} could not be loaded: {error}"
+        version = library.shardadam_abi_version()
+        if version != _ABI_VERSION:
+            return None, f"{path} is of another version ({version}, not {_ABI_VERSION}): reinstall"
+        return library, ""
+    return None, "shardadam was installed without a C++ compiler"
+
+
+def _candidates() -> Iterator[Path]:
+    yield Path(__file__).with_name(_FILE)
+    # An editable install, or a checkout in the current folder, imports these sources while the
+    # library lies where the installer put it.
+    try:
+        distribution = importlib.metadata.distribution("shardadam")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    yield Path(str(distribution.locate_file(f"shardadam/kernels/{_FILE}")))
+
+
+def _prepare(run: Run) -> _Run:
+    master, maximum = run.master, run.max_exp_avg_sq
+    return _Run(
+        param=run.param.data_ptr(),
+        master=None if master is None else master.data_ptr(),
+        exp_avg=run.exp_avg.data_ptr(),
+        exp_avg_sq=run.exp_avg_sq.data_ptr(),
+        max_exp_avg_sq=None if maximum is None else maximum.data_ptr(),
+        numel=run.param.numel(),
+        param_format=_PARAM_FORMATS.get(
+            (run.param.dtype, None if master is None else master.dtype), -1
+        ),
+        flags=0 if maximum is None else _AMSGRAD,
+    )
+
+
+def _no_kernel(run: Run) -> str:
+    master = "no master" if run.master is None else f"a {run.master.dtype} master"
+    return f"no kernel for {run.param.dtype} params with {master} and {run.grad.dtype} gradients"

@@ -1,0 +1,445 @@
+"""The sharded optimizer: what Adam, AdamW and NAdam share. `step()` reads as its phases."""
+
+import contextlib
+import itertools
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardadam import placement, state_dict
+from shardadam.agreement import (
+    Point,
+    Range,
+    digest,
+    first_difference,
+    float_to_word,
+    meet,
+    word_to_float,
+)
+from shardadam.buffers import FlatBucket
+from shardadam.collectives import Communicator
+from shardadam.gradients import BucketGrads, GradReducer
+from shardadam.kernels import Backend, Coefficients, Run, backend_for, exact_sum
+from shardadam.options import Options
+
+_Seen = dict[str, Range]
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """Adam's family, with its state sharded over the ranks of a process group.
+
+    A mixin before the torch.optim class of the same name, which validates and keeps the
+    hyperparameters. A subclass adds its constructor and `_coefficients`.
+
+    Attributes:
+        grad_norm: 0-dim tensor, the norm of all averaged and unscaled gradients at the last
+            `step()` or `clip_grad_norm_()`, before clipping; None where neither measured it.
+    """
+
+    grad_norm: Tensor | None = None
+    # GradScaler then leaves unscaling and skipping to step(), where all ranks decide as one.
+    _step_supports_amp_scaling = True
+    _scalars: dict[str, float] = {"step": 0.0}  # noqa: RUF012  (torch.optim is no dataclass)
+    _places: dict[Tensor, tuple[FlatBucket, int]] | None = None
+    _loading: list[dict[str, Any]] | None = None
+
+    # ---- construction ---------------------------------------------------------------------------
+
+    def _shard(self, options: Options) -> None:
+        """Take over the params: the last act of construction."""
+        device = placement.single_device(self.param_groups)
+        self._options = options
+        self._communicator = Communicator(options.process_group, device)
+        self._backend: Backend = backend_for(device.type)
+        self._reducer = GradReducer(self._communicator, options.grad_sync, options.shard_grads)
+        self._buckets: list[FlatBucket] = []
+        self._clipped: _Clipped | None = None
+        self._broken: str | None = None
+        self._hint = self._reducer.exchanges
+        self._places = {}
+        self._place()
+
+    def _place(self) -> None:
+        """Lay out the params that have no place yet: new ones, unfrozen ones. Collective."""
+        assert self._places is not None
+        buckets = placement.place(
+            placement.unplaced(self.param_groups, self._places),
+            placement.hyperparameters(self.param_groups),
+            self._scalars,
+            self._communicator,
+            self._options,
+        )
+        self._buckets += buckets
+        self._reducer.add(buckets)
+        for bucket in buckets:
+            for index, param in enumerate(bucket.params):
+                self._places[param] = (bucket, index)
+                self.state[param] = bucket.state_of(index)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.optim, on every rank alike."""
+        super().add_param_group(param_group)
+        if self._places is not None:
+            try:
+                placement.single_device(self.param_groups)
+                self._place()
+            except Exception:
+                self.param_groups.pop()
+                raise
+
+    # ---- the step -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Average the gradients, update this rank's shard, gather the params. Collective.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Raises:
+            ValueError: a gradient or hyperparameter that can't be used or that differs between
+                ranks, a param that is no longer the view that the optimizer made it. Every rank
+                raises and nothing has been changed.
+            RuntimeError: another rank failed; or an earlier step was broken off.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        seen = self._meet(Point.STEP)
+        if not seen["found_inf"].high:
+            self._reduce(seen)
+            factor = self._clip(seen)
+            with self._broken_by_errors():
+                updated = self._update(factor)
+                self._communicator.all_gather([bucket.flat for bucket in updated])
+        self._forget_grads()
+        return loss
+
+    def _meet(self, point: Point) -> _Seen:
+        """Check this rank, then meet the others: nothing below fails for a reason foreseen here."""
+        error: Exception | None = None
+        try:
+            self._check()
+        except (ValueError, RuntimeError) as caught:
+            error = caught
+        assert self._places is not None
+        late = placement.unplaced(self.param_groups, self._places)
+        words = {
+            "late": digest("\n".join(map(str, late))) if late else 0,
+            "hyperparameters": digest("\n".join(placement.hyperparameters(self.param_groups))),
+            "present": digest(bytes(self._reducer.presence())),
+            "unreduced": self._reducer.unreduced(),
+            "scale": float_to_word(self._grad_scale()),
+            "found_inf": self._found_inf() if point is Point.STEP else 0,
+            "gradients": self._reducer.fingerprint() if self._hint else 0,
+        }
+        seen = meet(self._communicator, point, words, error)
+        if not seen["hyperparameters"].agreed:
+            difference = first_difference(self._communicator.exchange(placement.hyperparameters(self.param_groups)))
+            raise ValueError(f"hyperparameters differ between ranks: {difference}")
+        if seen["late"].high:
+            self._place()
+            return self._meet(point)
+        self._give_hint(seen)
+        return seen
+
+    def _reduce(self, seen: _Seen) -> None:
+        """Average the gradients over the ranks, each rank getting its shard of the mean."""
+        if self._clipped is not None:
+            return  # clip_grad_norm_() has
+        if seen["unreduced"].high:
+            self._reducer.reduce_leftovers()
+        present = self._reducer.presence()
+        if not seen["present"].agreed:
+            if self._options.grad_sync == "none":
+                raise ValueError(
+                    'grad_sync="none", but not every rank has gradients for the same params'
+                )
+            present = self._communicator.union(present)
+        low, own = word_to_float(seen["scale"].low), self._grad_scale()
+        self._reducer.reduce(present, rescale=low / own)
+
+    def _clip(self, seen: _Seen) -> float:
+        """What the gradients are to be multiplied by: 1 / loss scale, and the clip coefficient."""
+        scale = word_to_float(seen["scale"].low)
+        if self._clipped is not None:
+            return self._clipped.coefficient / scale
+        max_norm = self._options.max_grad_norm
+        if max_norm is None:
+            self.grad_norm = None
+            return 1.0 / scale
+        return _clip_coefficient(self._measure_norm(scale), max_norm) / scale
+
+    def _update(self, factor: float) -> list[FlatBucket]:
+        """Update this rank's shards; the buckets in which any param had a gradient."""
+        runs: list[Run] = []
+        updated = []
+        for grads in self._reducer.grads:
+            if any(grads.present):
+                self._advance(grads)
+                runs += self._runs(grads, factor)
+                updated.append(grads.bucket)
+        self._backend.update(runs)
+        return updated
+
+    def _advance(self, grads: BucketGrads) -> None:
+        """Count the step of every param that has a gradient."""
+        grads.bucket.scalars["step"] += torch.tensor(grads.present)
+
+    def _runs(self, grads: BucketGrads, factor: float) -> list[Run]:
+        """The runs of one bucket, neighbours that share coefficients and gradient storage as one.
+
+        What lies between two neighbours is padding: zeros, and zeros they stay.
+        """
+        bucket, shard = grads.bucket, grads.shard
+        scalars = list(zip(*(values.tolist() for values in bucket.scalars.values()), strict=True))
+        shared: dict[tuple[Any, ...], Coefficients] = {}
+        runs: list[Run] = []
+        start, last = 0, -2
+        for index, piece, grad in grads.owned():
+            group_index = bucket.bucket.spans[index].group
+            group = self.param_groups[group_index]
+            coefficients = shared.get((group_index, scalars[index]))
+            if coefficients is None:
+                coefficients = self._coefficients(group, *scalars[index], factor)
+                shared[group_index, scalars[index]] = coefficients
+            stop = piece.shard_offset + piece.numel
+            neighbours = index == last + 1 and shard is not None
+            if neighbours and runs[-1].coefficients is coefficients:
+                runs.pop()
+            else:
+                start = piece.shard_offset
+            if shard is not None:
+                grad = shard[start:stop]
+            amsgrad = bool(group.get("amsgrad", False))
+            runs.append(bucket.run(start, stop, grad, coefficients, amsgrad))
+            last = index
+        return runs
+
+    def _coefficients(self, group: dict[str, Any], *scalars_and_factor: float) -> Coefficients:
+        """The coefficients for a param of ``group``.
+
+        Args:
+            group: the param group.
+            scalars_and_factor: the param's `_scalars` after `_advance`, and the gradient's factor.
+        """
+        raise NotImplementedError
+
+    # ---- gradients ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, *, error_if_nonfinite: bool = False) -> Tensor:
+        """Clip the norm of all gradients, over all params and ranks. Collective.
+
+        As `torch.nn.utils.clip_grad_norm_` on the averaged gradients, but exact whatever the world
+        size, and applied inside the next `step()`: ``param.grad`` itself is not touched. Takes the
+        place of ``max_grad_norm`` for that step.
+
+        Returns:
+            The norm before clipping, a 0-dim tensor; also in ``grad_norm``.
+
+        Raises:
+            RuntimeError: the norm is not finite, with ``error_if_nonfinite``.
+        """
+        seen = self._meet(Point.CLIP)
+        self._clipped = None
+        self._reduce(seen)
+        norm = self._measure_norm(1.0)
+        assert self.grad_norm is not None
+        if error_if_nonfinite and not self.grad_norm.isfinite():
+            raise RuntimeError(f"the total norm of the gradients is {norm}, it can't be clipped")
+        self._clipped = _Clipped(_clip_coefficient(norm, max_norm), self._reducer.versions())
+        return self.grad_norm
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients without exchanging them, as in DDP.
+
+        Saves communication with ``shard_grads=True``, which otherwise reduces in every backward
+        pass, and costs the memory of the full gradients. Without it nothing is exchanged before
+        `step()` anyway.
+        """
+        with self._reducer.no_sync():
+            yield
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch.optim; also forgets gradients that are already sharded."""
+        self._forget_grads()
+        super().zero_grad(set_to_none)
+
+    def _forget_grads(self) -> None:
+        self._reducer.clear()
+        self._clipped = None
+
+    def _measure_norm(self, scale: float) -> float:
+        """The norm of the averaged gradients, divided by ``scale``; also sets ``grad_norm``.
+
+        Exact sums (see kernels.exact_sum): the same bits at every world size and bucket size.
+        """
+        words = exact_sum.zero(self._communicator.device)
+        for grads in self._reducer.grads:
+            for _, _, grad in grads.owned():
+                self._backend.sum_squares(grad, words)
+        self._communicator.sum_exactly(words)
+        norm = exact_sum.root(words) / scale
+        self.grad_norm = torch.tensor(norm, device=self._communicator.device)
+        return norm
+
+    # ---- checks ---------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """Raise for what is wrong on this rank, before anything is exchanged or changed."""
+        if self._broken is not None:
+            raise RuntimeError(
+                f"an earlier step() was broken off by {self._broken}: params and state of the "
+                "ranks may not belong together. Load a checkpoint into a new optimizer"
+            )
+        for bucket in self._buckets:
+            index = bucket.stale()
+            if index is not None:
+                raise ValueError(
+                    f"{bucket.names[index]} no longer is the memory that the optimizer updates: its "
+                    ".data was replaced after construction (by .to(), a wrapper, an assignment). "
+                    "Expected: move and wrap the model first, then construct the optimizer"
+                )
+        self._reducer.check()
+        if self._clipped is not None:
+            name = self._reducer.changed_since(self._clipped.versions)
+            if name is not None:
+                raise ValueError(
+                    f"the gradient of {name} changed between clip_grad_norm_() and step(): "
+                    "expected clip_grad_norm_() after the last backward pass"
+                )
+        found_inf = getattr(self, "found_inf", None)
+        if self._reducer.eager and found_inf is not None and not isinstance(found_inf, Tensor):
+            raise RuntimeError(
+                "GradScaler found no gradients: shard_grads=True has sharded and freed them during "
+                "backward. Expected shard_grads=False with GradScaler"
+            )
+
+    def _found_inf(self) -> bool:
+        """Whether GradScaler, calling this step, found a non-finite gradient on this rank."""
+        found_inf = getattr(self, "found_inf", None)
+        return isinstance(found_inf, Tensor) and bool(found_inf.item())
+
+    def _grad_scale(self) -> float:
+        """The loss scale that this rank's gradients still carry: GradScaler's, calling this step.
+
+        Ranks' scales drift apart where only some saw an overflow; `_reduce` brings them together.
+        """
+        scale = getattr(self, "grad_scale", None)
+        return 1.0 if scale is None else float(scale)
+
+    def _give_hint(self, seen: _Seen) -> None:
+        if self._hint and seen["gradients"].agreed and seen["gradients"].high:
+            if self._communicator.rank == 0:
+                warnings.warn(
+                    "gradients are equal on all ranks already (a DDP wrapper?): averaging them "
+                    'once more is right but redundant. Pass grad_sync="none" to save it, or drop '
+                    "the wrapper",
+                    stacklevel=4,
+                )
+        self._hint = False
+
+    @contextlib.contextmanager
+    def _broken_by_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self._broken = f"{type(error).__name__}: {error}"
+            raise
+
+    # ---- state ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state, in torch's form. Never communicates, never raises.
+
+        With several ranks, state tensors hold the elements that this rank owns, and an entry
+        "shard" says which those are; `load_state_dict` on the same rank of the same world goes on
+        bit for bit.
+        """
+        packed: dict[str, Any] = super().state_dict()
+        if self._communicator.world_size > 1:
+            params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+            ids = {param: index for index, param in enumerate(params)}
+            packed["shard"] = state_dict.shard_of(self._places or {}, ids, self._communicator)
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load this rank's `state_dict()`, or full tensors as torch.optim's optimizers save them.
+
+        Moments keep their precision (torch casts them to the param's dtype). Not collective.
+
+        Raises:
+            ValueError: something does not fit; names the param, and nothing has been changed.
+        """
+        given: list[dict[str, Any]] = []
+
+        def take(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            given.append(state_dict)
+            return {**state_dict, "state": {}}
+
+        # Runs after the user's hooks. torch then checks the groups and calls __setstate__.
+        handle = self.register_load_state_dict_pre_hook(take)
+        self._loading = given
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._loading = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As in torch.optim, for pickling and copying."""
+        return {**super().__getstate__(), "_options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As in torch.optim: called by `load_state_dict`, by unpickling and by copying."""
+        if self._places is not None:
+            given = self._loading[0] if self._loading else state
+            writes = state_dict.plan(self.param_groups, self._places, self._communicator, given)
+            super().__setstate__({**state, "state": self.state})
+            for write in writes:
+                write()
+            self._forget_grads()
+            return
+        super().__setstate__(state)
+        copied = self.state
+        self.state = defaultdict(dict)
+        self._shard(self._options)
+        for param, values in copied.items():
+            for name, value in values.items():
+                self.state[param][name].copy_(value)
+
+    def __repr__(self) -> str:
+        """Torch's, and what runs: ranks, gradients, memory, kernel."""
+        if self._places is None:
+            return super().__repr__()
+        options, ranks = self._options, self._communicator
+        held = sum(t.nbytes for bucket in self._buckets for t in bucket.state.values())
+        grads = "sharded in backward" if options.shard_grads else f"grad_sync={options.grad_sync!r}"
+        return (
+            f"{super().__repr__()}\n"
+            f"sharded: rank {ranks.rank} of {ranks.world_size} ({ranks.backend}), {grads}, "
+            f"{len(self._buckets)} buckets, {held:,} bytes of state on this rank, "
+            f"update by {self._backend.name}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Clipped:
+    """What clip_grad_norm_() leaves for step()."""
+
+    coefficient: float
+    versions: list[tuple[int, int] | None]
+
+
+def _clip_coefficient(norm: float, max_norm: float) -> float:
+    """As in torch.nn.utils.clip_grad_norm_."""
+    coefficient = max_norm / (norm + 1e-6)
+    return coefficient if coefficient < 1.0 or coefficient != coefficient else 1.0

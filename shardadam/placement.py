@@ -1,0 +1,213 @@
+"""From param groups to buckets: which params, checked alone and against the other ranks."""
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardadam.agreement import Point, digest, first_difference, meet
+from shardadam.buffers import FlatBucket, describe, real_dtype, real_numel
+from shardadam.collectives import Communicator
+from shardadam.kernels import supports
+from shardadam.layout import Entry, plan_buckets
+from shardadam.options import Options
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A param that is to be laid out, and where it stands in the param groups."""
+
+    param: Tensor
+    name: str
+    group: int
+    amsgrad: bool
+
+    def __str__(self) -> str:
+        return f"{self.name} {describe(self.param)} in group {self.group}"
+
+
+def single_device(param_groups: Sequence[dict[str, Any]]) -> torch.device:
+    """The device of all params.
+
+    Raises:
+        ValueError: there are several; names the first param that is elsewhere.
+    """
+    candidates = [
+        Candidate(param, name, index, False)
+        for index, group in enumerate(param_groups)
+        for name, param in named(index, group)
+    ]
+    if not candidates:
+        return torch.device("cpu")
+    first = candidates[0]
+    for other in candidates:
+        if other.param.device != first.param.device:
+            raise ValueError(
+                f"all params must be on one device: {first.name} is on {first.param.device}, "
+                f"{other.name} on {other.param.device}"
+            )
+    return first.param.device
+
+
+def named(index: int, group: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """The params of group ``index`` with the names that errors call them by."""
+    names = group.get("param_names") or [
+        f"param {position} of group {index}" for position in range(len(group["params"]))
+    ]
+    return list(zip(names, group["params"], strict=True))
+
+
+def unplaced(
+    param_groups: Sequence[dict[str, Any]], placed: Container[Tensor]
+) -> list[Candidate]:
+    """The params that are to be optimized and have no place yet; frozen ones are left out."""
+    return [
+        Candidate(param, name, index, bool(group.get("amsgrad", False)))
+        for index, group in enumerate(param_groups)
+        for name, param in named(index, group)
+        if param not in placed and (param.requires_grad or param.grad is not None)
+    ]
+
+
+def hyperparameters(param_groups: Sequence[dict[str, Any]]) -> list[str]:
+    """What of every group must be equal on every rank, one line per group."""
+    return [
+        f"group {index} with "
+        + ", ".join(
+            f"{name}={_plain(value)}"
+            for name, value in sorted(group.items())
+            if name not in ("params", "param_names")
+        )
+        for index, group in enumerate(param_groups)
+    ]
+
+
+def _plain(value: object) -> object:
+    """A hyperparameter as something that ranks can compare without waiting for a device."""
+    if isinstance(value, Tensor):
+        return value.item() if value.device.type == "cpu" else "a tensor on the device"
+    return value
+
+
+@torch.no_grad()
+def place(
+    candidates: Sequence[Candidate],
+    hyperparameters: Sequence[str],
+    scalars: dict[str, float],
+    communicator: Communicator,
+    options: Options,
+) -> list[FlatBucket]:
+    """Lay out ``candidates`` and take their storage over. Collective.
+
+    Every rank then has the first rank's values, as under DDP.
+
+    Args:
+        candidates: what to lay out; the same on every rank.
+        hyperparameters: a description of every param group; the same on every rank.
+        scalars: the per-param scalars of the state and their initial values.
+        communicator: the ranks.
+        options: the optimizer's.
+
+    Raises:
+        ValueError: a param that can't be optimized, or one that differs between ranks; every rank
+            raises.
+    """
+    masters: list[str | None] = []
+    error = None
+    try:
+        masters = [_master(candidate, options) for candidate in candidates]
+    except ValueError as caught:
+        error = caught
+    lines = [*map(str, candidates), *hyperparameters]
+    seen = meet(communicator, Point.CONSTRUCTION, {"layout": digest("\n".join(lines))}, error)
+    if not seen["layout"].agreed:
+        difference = first_difference(communicator.exchange(lines))
+        raise ValueError(f"the optimizer's params must be the same on every rank: {difference}")
+
+    buckets = []
+    keys = [
+        (real_dtype(candidate.param), candidate.amsgrad, master)
+        for candidate, master in zip(candidates, masters, strict=True)
+    ]
+    for key in dict.fromkeys(keys):
+        entries = [
+            Entry(index, candidate.group, real_numel(candidate.param))
+            for index, candidate in enumerate(candidates)
+            if keys[index] == key
+        ]
+        bucket_numel = options.bucket_bytes // key[0].itemsize
+        buckets += plan_buckets(entries, bucket_numel, communicator.world_size)
+    # In the order in which backward completes them, also across dtypes.
+    buckets.sort(key=lambda bucket: -min(span.param for span in bucket.spans))
+    flat_buckets = []
+    for bucket in buckets:
+        indices = [span.param for span in bucket.spans]
+        flat_buckets.append(
+            FlatBucket(
+                bucket,
+                [candidates[index].param for index in indices],
+                [candidates[index].name for index in indices],
+                communicator.rank,
+                masters[indices[0]],
+                keys[indices[0]][1],
+                scalars,
+            )
+        )
+    _share_values(flat_buckets, communicator)
+    return flat_buckets
+
+
+def _master(candidate: Candidate, options: Options) -> str | None:
+    """Which state makes up the fp32 master weight of a param, if it is not one itself."""
+    param, name = candidate.param, candidate.name
+    if hasattr(param, "device_mesh"):
+        raise ValueError(f"{name} is a DTensor (FSDP2, tensor parallel): not supported yet")
+    if param.is_meta:
+        raise ValueError(f"{name} is on the meta device: materialize the model first")
+    if param.layout is not torch.strided or not supports(real_dtype(param)):
+        raise ValueError(
+            f"{name}: expected a dense float32, float64, bfloat16, float16 or complex param, "
+            f"found {describe(param)} ({param.layout})"
+        )
+    if param.dtype == torch.bfloat16:
+        return "master" if options.master == "fp32" else "remainder"
+    if param.dtype == torch.float16:
+        if options.master == "split":
+            raise ValueError(
+                f"{name} is float16: 16 more bits can't make a float32 of it, as they can of a "
+                'bfloat16; expected master="auto" or "fp32"'
+            )
+        return "master"
+    return None
+
+
+def _share_values(buckets: Sequence[FlatBucket], communicator: Communicator) -> None:
+    """Give every rank the first rank's values, unless that would hide a difference in order."""
+    if communicator.world_size == 1:
+        return
+    sums = []
+    names = []
+    for bucket in buckets:
+        for name, span in zip(bucket.names, bucket.bucket.spans, strict=True):
+            values = bucket.flat[span.offset : span.offset + span.numel]
+            sums.append(int(values.view(_BITS[values.itemsize]).sum(dtype=torch.int64)))
+            names.append(name)
+    words = {"values": digest(str(sums)), "sorted values": digest(str(sorted(sums)))}
+    seen = meet(communicator, Point.CONSTRUCTION, words)
+    if seen["values"].agreed:
+        return
+    if seen["sorted values"].agreed:
+        lines = [f"{name} (sum of bits {value})" for name, value in zip(names, sums, strict=True)]
+        difference = first_difference(communicator.exchange(lines))
+        raise ValueError(
+            "the same params stand in another order on another rank: "
+            f"{difference}. Expected one order on every rank"
+        )
+    for bucket in buckets:
+        communicator.broadcast(bucket.flat)
+        if bucket.master == "master":
+            bucket.state["master"].copy_(bucket.shard)

@@ -1,0 +1,127 @@
+"""Reading and writing `state_dict()`: this rank's shards, and full tensors that it slices."""
+
+import itertools
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardadam.buffers import FlatBucket
+from shardadam.collectives import Communicator
+
+_Places = Mapping[Tensor, tuple[FlatBucket, int]]
+Write = Callable[[], object]
+
+
+def shard_of(places: _Places, ids: Mapping[Tensor, int], communicator: Communicator) -> dict[str, Any]:
+    """Which elements a state dict holds: the rank, and per param id ``(first, number)``."""
+    return {
+        "rank": communicator.rank,
+        "world_size": communicator.world_size,
+        "ranges": {
+            ids[param]: (piece.param_offset, piece.numel)
+            for param, (bucket, index) in places.items()
+            for piece in (bucket.pieces[index],)
+        },
+    }
+
+
+def plan(
+    param_groups: list[dict[str, Any]],
+    places: _Places,
+    communicator: Communicator,
+    given: Mapping[str, Any],
+) -> list[Write]:
+    """What is to be written to load ``given``; nothing is written yet.
+
+    Raises:
+        ValueError: an entry is missing or has the wrong shape; names the param.
+    """
+    saved_ids = itertools.chain.from_iterable(group["params"] for group in given["param_groups"])
+    params = itertools.chain.from_iterable(group["params"] for group in param_groups)
+    shard = given.get("shard")
+    writes: list[Write] = []
+    for saved_id, param in zip(saved_ids, params, strict=True):
+        entry = given["state"].get(saved_id, {})
+        if param not in places:
+            if entry:
+                raise ValueError(
+                    f"the state dict has state for param {saved_id}, which is frozen here: "
+                    "expected the params that were trained to require grad"
+                )
+            continue
+        bucket, index = places[param]
+        reader = _Reader(bucket, index, saved_id, shard, communicator)
+        writes += reader.scalars(entry)
+        writes += reader.tensors(entry)
+    return writes
+
+
+class _Reader:
+    """Reads one param's entry."""
+
+    def __init__(
+        self,
+        bucket: FlatBucket,
+        index: int,
+        saved_id: int,
+        shard: Mapping[str, Any] | None,
+        communicator: Communicator,
+    ) -> None:
+        self._bucket = bucket
+        self._index = index
+        self._piece = bucket.pieces[index]
+        self._name = bucket.names[index]
+        self._range = None if shard is None else shard["ranges"].get(saved_id)
+        self._shard = shard
+        self._communicator = communicator
+
+    def scalars(self, entry: Mapping[str, Any]) -> list[Write]:
+        """Writes for "step" and its like; older torch versions saved floats."""
+        return [
+            partial(values[self._index].fill_, float(entry.get(name, values.new_tensor(initial))))
+            for name, values in self._bucket.scalars.items()
+            for initial in (self._bucket.initial_scalars[name],)
+        ]
+
+    def tensors(self, entry: Mapping[str, Any]) -> list[Write]:
+        """Writes for the sharded tensors."""
+        writes: list[Write] = []
+        for name, state in self._bucket.state.items():
+            piece = self._piece
+            target = state[piece.shard_offset : piece.shard_offset + piece.numel]
+            value = entry.get(name)
+            if value is not None:
+                writes.append(partial(target.copy_, self._own(name, value)))
+            elif name == "master":
+                writes.append(partial(target.copy_, self._bucket.shard_piece(self._index)))
+            elif entry and name == "max_exp_avg_sq":
+                # Saved without AMSGrad: the largest so far is not known, the latest is a bound.
+                writes.append(partial(target.copy_, self._own(name, entry["exp_avg_sq"])))
+            elif entry and name != "remainder":
+                raise ValueError(f"{self._name}: the state dict has no {name!r} for it")
+            else:
+                writes.append(target.zero_)
+        return writes
+
+    def _own(self, name: str, value: Tensor) -> Tensor:
+        """This rank's elements of a saved tensor, whether full or already sharded."""
+        param, piece = self._bucket.params[self._index], self._piece
+        if value.shape == param.shape:
+            return self._bucket.piece_of(piece, value)
+        if self._shard is not None and value.dim() == 1:
+            saved = (self._shard["rank"], self._shard["world_size"])
+            here = (self._communicator.rank, self._communicator.world_size)
+            if saved == here and tuple(self._range or ()) == (piece.param_offset, piece.numel):
+                return value
+            raise ValueError(
+                f"{self._name}: {name} was saved by rank {saved[0]} of {saved[1]} as elements "
+                f"(first, number) {self._range}; this is rank {here[0]} of {here[1]} and owns "
+                f"{(piece.param_offset, piece.numel)}. Expected the same layout"
+            )
+        raise ValueError(
+            f"{self._name}: expected {name} of shape {tuple(param.shape)}, "
+            f"found {tuple(value.shape)}"
+        )
