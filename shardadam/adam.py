@@ -12,28 +12,28 @@ from shardadam.options import DEFAULT_BUCKET_BYTES, GradSync, Master, Options
 
 _ARGUMENTS = """
 
-    Arguments are those of torch.optim.{name}, in its order, and keyword-only ones of our own.
-    ``foreach``, ``fused`` and ``capturable`` are accepted and change nothing: there is one fused
-    implementation. Every rank constructs the optimizer with the same params in the same order and
-    then has the first rank's values, as under DDP; ``param.data`` becomes a view of a flat buffer,
-    so move and wrap the model first. Pass ``model.named_parameters()`` and errors name the params.
+    Hyperparameters, their order and their checks are those of the torch.optim class of the same
+    name. ``foreach``, ``fused`` and ``capturable`` are accepted and change nothing: there is one
+    fused implementation. Every rank constructs the optimizer with the same params in the same order
+    and then has the first rank's values, as under DDP. ``param.data`` becomes a view of a flat
+    buffer: move and wrap the model first. Pass ``model.named_parameters()``, and errors name params.
 
     Args:
-        params: as in torch.optim: params, named params, or param groups.
-        {arguments}
+        params: params, named params or param groups, as in torch.optim.
         process_group: the ranks to shard over; None: the default group, or this process alone
             where torch.distributed is not initialized.
         grad_sync: "mean": gradients are averaged over the ranks by `step()`; right without a
             wrapper, and around DDP too, where it is redundant. "none": they are equal on all ranks
             already, and are only read.
         shard_grads: reduce gradients during backward, bucket by bucket, and free the full ones
-            (ZeRO-2): ``param.grad`` is None after backward, and `step()` consumes the shards.
+            (ZeRO-2): on several ranks ``param.grad`` is None after backward, and `step()` consumes
+            the shards.
         max_grad_norm: clip the global norm of the averaged gradients inside `step()`; the norm
             measured is then in ``grad_norm``. float("inf") measures and does not clip.
         master: the fp32 master weights of 16-bit params. "auto": "split" for bfloat16, "fp32" for
             float16. "split": bfloat16 and a 16-bit remainder that together are the fp32 master,
             exactly (2 more bytes per param). "fp32": a copy beside the param (4 more bytes).
-        bucket_bytes: params are packed into buckets of about this many bytes; the unit of
+        bucket_bytes: params are packed into buckets of about this many bytes: the unit of
             communication, and of the memory in transit.
 
     Raises:
@@ -46,9 +46,9 @@ class _AdamRule(ShardedOptimizer):
     """Adam's coefficients, with either weight decay."""
 
     def _coefficients(
-        self, group: dict[str, Any], step: float, *rest: float
+        self, grad_factor: float, group: dict[str, Any], *scalars: float
     ) -> Coefficients:
-        (grad_factor,) = rest
+        (step,) = scalars
         lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
         return Coefficients.fold(
             beta1=beta1,
@@ -65,6 +65,8 @@ class _AdamRule(ShardedOptimizer):
 
 
 class Adam(_AdamRule, torch.optim.Adam):
+    """Adam (Kingma & Ba 2015) and AMSGrad (Reddi et al. 2018), sharded."""
+
     def __init__(
         self,
         params: Any,
@@ -109,6 +111,8 @@ class Adam(_AdamRule, torch.optim.Adam):
 
 
 class AdamW(_AdamRule, torch.optim.AdamW):
+    """AdamW: Adam with decoupled weight decay (Loshchilov & Hutter 2019), sharded."""
+
     def __init__(
         self,
         params: Any,
@@ -150,6 +154,8 @@ class AdamW(_AdamRule, torch.optim.AdamW):
 
 
 class NAdam(ShardedOptimizer, torch.optim.NAdam):
+    """NAdam: Adam with Nesterov momentum (Dozat 2016), sharded."""
+
     _scalars = {"step": 0.0, "mu_product": 1.0}  # noqa: RUF012  (as in the base class)
 
     def __init__(
@@ -201,9 +207,9 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
                 scalars["mu_product"][index] *= _momentum(group, step)
 
     def _coefficients(
-        self, group: dict[str, Any], step: float, *rest: float
+        self, grad_factor: float, group: dict[str, Any], *scalars: float
     ) -> Coefficients:
-        mu_product, grad_factor = rest
+        step, mu_product = scalars
         lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
         next_momentum = _momentum(group, step + 1)
         return Coefficients.fold(
@@ -222,7 +228,8 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
 
 def _momentum(group: dict[str, Any], step: float) -> float:
     """NAdam's momentum schedule (Dozat 2016): beta1 * (1 - 0.96^(step * momentum_decay) / 2)."""
-    return float(group["betas"][0]) * (1.0 - 0.5 * 0.96 ** (step * group["momentum_decay"]))
+    decayed: float = 0.96 ** (step * group["momentum_decay"])
+    return float(group["betas"][0]) * (1.0 - 0.5 * decayed)
 
 
 def _refuse(differentiable: bool) -> None:
@@ -233,15 +240,5 @@ def _refuse(differentiable: bool) -> None:
         )
 
 
-_LIKE_ADAM = "lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.{name}."
-Adam.__doc__ = "Adam (Kingma & Ba 2015; AMSGrad: Reddi et al. 2018), sharded." + _ARGUMENTS.format(
-    name="Adam", arguments=_LIKE_ADAM.format(name="Adam")
-)
-AdamW.__doc__ = "AdamW (Loshchilov & Hutter 2019), sharded." + _ARGUMENTS.format(
-    name="AdamW", arguments=_LIKE_ADAM.format(name="AdamW")
-)
-NAdam.__doc__ = "NAdam (Dozat 2016), sharded." + _ARGUMENTS.format(
-    name="NAdam",
-    arguments="lr, betas, eps, weight_decay, momentum_decay, decoupled_weight_decay, maximize: as "
-    "in\n            torch.optim.NAdam.",
-)
+for _class in (Adam, AdamW, NAdam):
+    _class.__doc__ = f"{_class.__doc__}{_ARGUMENTS}"

@@ -96,7 +96,9 @@ def meet(
             "of backward passes, no_sync() contexts and steps."
         ) from error
     if high[1]:
-        reports = communicator.exchange(None if error is None else f"{type(error).__name__}: {error}")
+        reports = communicator.exchange(
+            None if error is None else f"{type(error).__name__}: {error}"
+        )
         if error is not None:
             raise error
         culprits = "; ".join(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardadam.kernels.run import Coefficients, Run, state_dtype
+from shardadam.kernels.run import Coefficients, Run, in_memory_order, state_dtype
 from shardadam.layout import Bucket, Piece
 
 
@@ -41,6 +41,7 @@ class FlatBucket:
         self.params = list(params)
         self.names = list(names)
         self.pieces = bucket.pieces(rank)
+        self.groups = sorted({span.group for span in bucket.spans})
         first = params[0]
         self.dtype, self.device = real_dtype(first), first.device
         self.flat = torch.zeros(bucket.numel, dtype=self.dtype, device=self.device)
@@ -113,8 +114,7 @@ class FlatBucket:
             tensor = torch.view_as_real(tensor)
         if piece.numel == tensor.numel():
             return tensor
-        flat = tensor.as_strided((tensor.numel(),), (1,))
-        return flat[piece.param_offset : piece.param_offset + piece.numel]
+        return in_memory_order(tensor)[piece.param_offset : piece.param_offset + piece.numel]
 
     def shard_piece(self, index: int) -> Tensor:
         """The owned elements of the param of span ``index``."""

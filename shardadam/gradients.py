@@ -81,7 +81,7 @@ class GradReducer:
                 for param in bucket.params:
                     if param.requires_grad:
                         hook = functools.partial(_arrived, this, index)
-                        param.register_post_accumulate_grad_hook(hook)
+                        param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def clear(self) -> None:
         """Forget reduced gradients; ``param.grad`` is not touched."""
@@ -111,7 +111,9 @@ class GradReducer:
 
     def unreduced(self) -> bool:
         """Whether gradients wait in ``param.grad`` although backward should have reduced them."""
-        return self.eager and any(grad is not None for grads in self.grads for grad in grads.local())
+        return self.eager and any(
+            grad is not None for grads in self.grads for grad in grads.local()
+        )
 
     def fingerprint(self) -> int:
         """Of this rank's first gradient; 0 if that is all zero."""

@@ -1,17 +1,17 @@
 """The sharded optimizer: what Adam, AdamW and NAdam share. `step()` reads as its phases."""
 
 import contextlib
+import functools
 import itertools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardadam import placement, state_dict
+from shardadam import amp, clipping, placement, state_dict
 from shardadam.agreement import (
     Point,
     Range,
@@ -24,8 +24,9 @@ from shardadam.agreement import (
 from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
 from shardadam.gradients import BucketGrads, GradReducer
-from shardadam.kernels import Backend, Coefficients, Run, backend_for, exact_sum
+from shardadam.kernels import Backend, Coefficients, Run, backend_for
 from shardadam.options import Options
+from shardadam.runs import bucket_runs
 
 _Seen = dict[str, Range]
 
@@ -58,7 +59,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._backend: Backend = backend_for(device.type)
         self._reducer = GradReducer(self._communicator, options.grad_sync, options.shard_grads)
         self._buckets: list[FlatBucket] = []
-        self._clipped: _Clipped | None = None
+        self._clipped: clipping.Clipped | None = None
         self._broken: str | None = None
         self._hint = self._reducer.exchanges
         self._places = {}
@@ -79,7 +80,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for bucket in buckets:
             for index, param in enumerate(bucket.params):
                 self._places[param] = (bucket, index)
-                self.state[param] = bucket.state_of(index)
+            self._show(bucket)
+
+    def _show(self, bucket: FlatBucket) -> None:
+        """Let ``self.state`` show the bucket's state."""
+        for index, param in enumerate(bucket.params):
+            self.state[param] = bucket.state_of(index)
+
+    def _ensure_state(self, bucket: FlatBucket, name: str) -> None:
+        if name not in bucket.state:
+            bucket.add_state(name)
+            self._show(bucket)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.optim, on every rank alike."""
@@ -135,13 +146,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
             "hyperparameters": digest("\n".join(placement.hyperparameters(self.param_groups))),
             "present": digest(bytes(self._reducer.presence())),
             "unreduced": self._reducer.unreduced(),
-            "scale": float_to_word(self._grad_scale()),
-            "found_inf": self._found_inf() if point is Point.STEP else 0,
+            "scale": float_to_word(amp.grad_scale(self)),
+            "found_inf": amp.found_inf(self) if point is Point.STEP else 0,
             "gradients": self._reducer.fingerprint() if self._hint else 0,
         }
         seen = meet(self._communicator, point, words, error)
         if not seen["hyperparameters"].agreed:
-            difference = first_difference(self._communicator.exchange(placement.hyperparameters(self.param_groups)))
+            difference = first_difference(
+                self._communicator.exchange(placement.hyperparameters(self.param_groups))
+            )
             raise ValueError(f"hyperparameters differ between ranks: {difference}")
         if seen["late"].high:
             self._place()
@@ -162,7 +175,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     'grad_sync="none", but not every rank has gradients for the same params'
                 )
             present = self._communicator.union(present)
-        low, own = word_to_float(seen["scale"].low), self._grad_scale()
+        low, own = word_to_float(seen["scale"].low), amp.grad_scale(self)
         self._reducer.reduce(present, rescale=low / own)
 
     def _clip(self, seen: _Seen) -> float:
@@ -174,7 +187,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if max_norm is None:
             self.grad_norm = None
             return 1.0 / scale
-        return _clip_coefficient(self._measure_norm(scale), max_norm) / scale
+        return clipping.coefficient(self._measure_norm(scale), max_norm) / scale
 
     def _update(self, factor: float) -> list[FlatBucket]:
         """Update this rank's shards; the buckets in which any param had a gradient."""
@@ -182,8 +195,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         updated = []
         for grads in self._reducer.grads:
             if any(grads.present):
+                if any(self.param_groups[group].get("amsgrad") for group in grads.bucket.groups):
+                    self._ensure_state(grads.bucket, "max_exp_avg_sq")
                 self._advance(grads)
-                runs += self._runs(grads, factor)
+                rule = functools.partial(self._coefficients, factor)
+                runs += bucket_runs(grads, self.param_groups, rule)
                 updated.append(grads.bucket)
         self._backend.update(runs)
         return updated
@@ -192,43 +208,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Count the step of every param that has a gradient."""
         grads.bucket.scalars["step"] += torch.tensor(grads.present)
 
-    def _runs(self, grads: BucketGrads, factor: float) -> list[Run]:
-        """The runs of one bucket, neighbours that share coefficients and gradient storage as one.
-
-        What lies between two neighbours is padding: zeros, and zeros they stay.
-        """
-        bucket, shard = grads.bucket, grads.shard
-        scalars = list(zip(*(values.tolist() for values in bucket.scalars.values()), strict=True))
-        shared: dict[tuple[Any, ...], Coefficients] = {}
-        runs: list[Run] = []
-        start, last = 0, -2
-        for index, piece, grad in grads.owned():
-            group_index = bucket.bucket.spans[index].group
-            group = self.param_groups[group_index]
-            coefficients = shared.get((group_index, scalars[index]))
-            if coefficients is None:
-                coefficients = self._coefficients(group, *scalars[index], factor)
-                shared[group_index, scalars[index]] = coefficients
-            stop = piece.shard_offset + piece.numel
-            neighbours = index == last + 1 and shard is not None
-            if neighbours and runs[-1].coefficients is coefficients:
-                runs.pop()
-            else:
-                start = piece.shard_offset
-            if shard is not None:
-                grad = shard[start:stop]
-            amsgrad = bool(group.get("amsgrad", False))
-            runs.append(bucket.run(start, stop, grad, coefficients, amsgrad))
-            last = index
-        return runs
-
-    def _coefficients(self, group: dict[str, Any], *scalars_and_factor: float) -> Coefficients:
-        """The coefficients for a param of ``group``.
-
-        Args:
-            group: the param group.
-            scalars_and_factor: the param's `_scalars` after `_advance`, and the gradient's factor.
-        """
+    def _coefficients(
+        self, grad_factor: float, group: dict[str, Any], *scalars: float
+    ) -> Coefficients:
+        """The coefficients for a param of ``group`` whose `_scalars` now are ``scalars``."""
         raise NotImplementedError
 
     # ---- gradients ------------------------------------------------------------------------------
@@ -254,7 +237,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         assert self.grad_norm is not None
         if error_if_nonfinite and not self.grad_norm.isfinite():
             raise RuntimeError(f"the total norm of the gradients is {norm}, it can't be clipped")
-        self._clipped = _Clipped(_clip_coefficient(norm, max_norm), self._reducer.versions())
+        self._clipped = clipping.Clipped(
+            clipping.coefficient(norm, max_norm), self._reducer.versions()
+        )
         return self.grad_norm
 
     @contextlib.contextmanager
@@ -278,16 +263,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._clipped = None
 
     def _measure_norm(self, scale: float) -> float:
-        """The norm of the averaged gradients, divided by ``scale``; also sets ``grad_norm``.
-
-        Exact sums (see kernels.exact_sum): the same bits at every world size and bucket size.
-        """
-        words = exact_sum.zero(self._communicator.device)
-        for grads in self._reducer.grads:
-            for _, _, grad in grads.owned():
-                self._backend.sum_squares(grad, words)
-        self._communicator.sum_exactly(words)
-        norm = exact_sum.root(words) / scale
+        norm = clipping.norm(self._reducer, self._backend, self._communicator) / scale
         self.grad_norm = torch.tensor(norm, device=self._communicator.device)
         return norm
 
@@ -304,8 +280,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             index = bucket.stale()
             if index is not None:
                 raise ValueError(
-                    f"{bucket.names[index]} no longer is the memory that the optimizer updates: its "
-                    ".data was replaced after construction (by .to(), a wrapper, an assignment). "
+                    f"{bucket.names[index]} no longer is the memory that the optimizer updates: "
+                    "its .data was replaced after construction (by .to(), a wrapper, an assignment). "
                     "Expected: move and wrap the model first, then construct the optimizer"
                 )
         self._reducer.check()
@@ -316,25 +292,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     f"the gradient of {name} changed between clip_grad_norm_() and step(): "
                     "expected clip_grad_norm_() after the last backward pass"
                 )
-        found_inf = getattr(self, "found_inf", None)
-        if self._reducer.eager and found_inf is not None and not isinstance(found_inf, Tensor):
-            raise RuntimeError(
-                "GradScaler found no gradients: shard_grads=True has sharded and freed them during "
-                "backward. Expected shard_grads=False with GradScaler"
-            )
-
-    def _found_inf(self) -> bool:
-        """Whether GradScaler, calling this step, found a non-finite gradient on this rank."""
-        found_inf = getattr(self, "found_inf", None)
-        return isinstance(found_inf, Tensor) and bool(found_inf.item())
-
-    def _grad_scale(self) -> float:
-        """The loss scale that this rank's gradients still carry: GradScaler's, calling this step.
-
-        Ranks' scales drift apart where only some saw an overflow; `_reduce` brings them together.
-        """
-        scale = getattr(self, "grad_scale", None)
-        return 1.0 if scale is None else float(scale)
+        amp.check(self)
 
     def _give_hint(self, seen: _Seen) -> None:
         if self._hint and seen["gradients"].agreed and seen["gradients"].high:
@@ -406,14 +364,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
             super().__setstate__({**state, "state": self.state})
             for write in writes:
                 write()
+            for bucket in self._buckets:
+                self._show(bucket)
             self._forget_grads()
             return
         super().__setstate__(state)
         copied = self.state
         self.state = defaultdict(dict)
         self._shard(self._options)
+        assert self._places is not None
         for param, values in copied.items():
             for name, value in values.items():
+                if name not in self.state[param]:
+                    self._ensure_state(self._places[param][0], name)
                 self.state[param][name].copy_(value)
 
     def __repr__(self) -> str:
@@ -429,17 +392,3 @@ class ShardedOptimizer(torch.optim.Optimizer):
             f"{len(self._buckets)} buckets, {held:,} bytes of state on this rank, "
             f"update by {self._backend.name}"
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Clipped:
-    """What clip_grad_norm_() leaves for step()."""
-
-    coefficient: float
-    versions: list[tuple[int, int] | None]
-
-
-def _clip_coefficient(norm: float, max_norm: float) -> float:
-    """As in torch.nn.utils.clip_grad_norm_."""
-    coefficient = max_norm / (norm + 1e-6)
-    return coefficient if coefficient < 1.0 or coefficient != coefficient else 1.0

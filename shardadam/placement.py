@@ -11,7 +11,7 @@ from shardadam.agreement import Point, digest, first_difference, meet
 from shardadam.buffers import FlatBucket, describe, real_dtype, real_numel
 from shardadam.collectives import Communicator
 from shardadam.kernels import supports
-from shardadam.layout import Entry, plan_buckets
+from shardadam.layout import Bucket, Entry, plan_buckets
 from shardadam.options import Options
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -61,9 +61,7 @@ def named(index: int, group: dict[str, Any]) -> list[tuple[str, Tensor]]:
     return list(zip(names, group["params"], strict=True))
 
 
-def unplaced(
-    param_groups: Sequence[dict[str, Any]], placed: Container[Tensor]
-) -> list[Candidate]:
+def unplaced(param_groups: Sequence[dict[str, Any]], placed: Container[Tensor]) -> list[Candidate]:
     """The params that are to be optimized and have no place yet; frozen ones are left out."""
     return [
         Candidate(param, name, index, bool(group.get("amsgrad", False)))
@@ -128,7 +126,7 @@ def place(
         difference = first_difference(communicator.exchange(lines))
         raise ValueError(f"the optimizer's params must be the same on every rank: {difference}")
 
-    buckets = []
+    buckets: list[Bucket] = []
     keys = [
         (real_dtype(candidate.param), candidate.amsgrad, master)
         for candidate, master in zip(candidates, masters, strict=True)

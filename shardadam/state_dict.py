@@ -5,17 +5,19 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
+from shardadam.kernels.run import in_memory_order
 
 _Places = Mapping[Tensor, tuple[FlatBucket, int]]
 Write = Callable[[], object]
 
 
-def shard_of(places: _Places, ids: Mapping[Tensor, int], communicator: Communicator) -> dict[str, Any]:
+def shard_of(
+    places: _Places, ids: Mapping[Tensor, int], communicator: Communicator
+) -> dict[str, Any]:
     """Which elements a state dict holds: the rank, and per param id ``(first, number)``."""
     return {
         "rank": communicator.rank,
@@ -39,11 +41,11 @@ def plan(
     Raises:
         ValueError: an entry is missing or has the wrong shape; names the param.
     """
-    saved_ids = itertools.chain.from_iterable(group["params"] for group in given["param_groups"])
     params = itertools.chain.from_iterable(group["params"] for group in param_groups)
     shard = given.get("shard")
     writes: list[Write] = []
-    for saved_id, param in zip(saved_ids, params, strict=True):
+    saved = [(id, group) for group in given["param_groups"] for id in group["params"]]
+    for (saved_id, saved_group), param in zip(saved, params, strict=True):
         entry = given["state"].get(saved_id, {})
         if param not in places:
             if entry:
@@ -55,7 +57,7 @@ def plan(
         bucket, index = places[param]
         reader = _Reader(bucket, index, saved_id, shard, communicator)
         writes += reader.scalars(entry)
-        writes += reader.tensors(entry)
+        writes += reader.tensors(entry, bool(saved_group.get("amsgrad", False)))
     return writes
 
 
@@ -86,31 +88,38 @@ class _Reader:
             for initial in (self._bucket.initial_scalars[name],)
         ]
 
-    def tensors(self, entry: Mapping[str, Any]) -> list[Write]:
+    def tensors(self, entry: Mapping[str, Any], amsgrad: bool) -> list[Write]:
         """Writes for the sharded tensors."""
-        writes: list[Write] = []
-        for name, state in self._bucket.state.items():
-            piece = self._piece
-            target = state[piece.shard_offset : piece.shard_offset + piece.numel]
-            value = entry.get(name)
-            if value is not None:
-                writes.append(partial(target.copy_, self._own(name, value)))
-            elif name == "master":
-                writes.append(partial(target.copy_, self._bucket.shard_piece(self._index)))
-            elif entry and name == "max_exp_avg_sq":
-                # Saved without AMSGrad: the largest so far is not known, the latest is a bound.
-                writes.append(partial(target.copy_, self._own(name, entry["exp_avg_sq"])))
-            elif entry and name != "remainder":
-                raise ValueError(f"{self._name}: the state dict has no {name!r} for it")
-            else:
-                writes.append(target.zero_)
-        return writes
+        names = list(self._bucket.state)
+        if amsgrad and "max_exp_avg_sq" not in names:
+            names.append("max_exp_avg_sq")
+        return [partial(self._write, name, self._value(name, entry)) for name in names]
+
+    def _value(self, name: str, entry: Mapping[str, Any]) -> Tensor | None:
+        """This rank's elements of one state tensor; None for zeros."""
+        if name in entry:
+            return self._own(name, entry[name])
+        if name == "master":
+            return self._bucket.shard_piece(self._index)
+        if not entry or name == "remainder":
+            return None
+        if name == "max_exp_avg_sq":
+            # Saved without AMSGrad: the largest so far is not known, the latest is a bound.
+            return self._own(name, entry["exp_avg_sq"])
+        raise ValueError(f"{self._name}: the state dict has no {name!r} for it")
+
+    def _write(self, name: str, value: Tensor | None) -> None:
+        if name not in self._bucket.state:
+            self._bucket.add_state(name)
+        piece = self._piece
+        target = self._bucket.state[name][piece.shard_offset : piece.shard_offset + piece.numel]
+        target.zero_() if value is None else target.copy_(value)
 
     def _own(self, name: str, value: Tensor) -> Tensor:
         """This rank's elements of a saved tensor, whether full or already sharded."""
         param, piece = self._bucket.params[self._index], self._piece
         if value.shape == param.shape:
-            return self._bucket.piece_of(piece, value)
+            return in_memory_order(self._bucket.piece_of(piece, value))
         if self._shard is not None and value.dim() == 1:
             saved = (self._shard["rank"], self._shard["world_size"])
             here = (self._communicator.rank, self._communicator.world_size)

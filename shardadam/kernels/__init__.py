@@ -1,8 +1,7 @@
 """The fused update and the gradient norm: the backends, and the one that a device gets.
 
-A backend is a module-like object with the two functions of `Backend`; which one runs is decided
-once, by `backend_for`, and is shown by ``repr(optimizer)``. Kernels know tensors and numbers, not
-parameters.
+Which `Backend` runs is decided once, by `backend_for`, and shown by ``repr(optimizer)``. Kernels
+know tensors and numbers, not parameters.
 """
 
 import functools
@@ -23,9 +22,11 @@ join_master = reference.join_master
 
 
 class Backend(Protocol):
-    """What computes: ``name`` says so to the user."""
+    """What computes."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What it is, for the user."""
 
     def update(self, runs: Sequence[Run]) -> None:
         """Update every run in place."""

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from shardadam.kernels import exact_sum
-from shardadam.kernels.run import Run
+from shardadam.kernels.run import Run, in_memory_order
 
-_INT16_MIN, _INT16_MAX = -0x8000, 0x7FFF
+_INT16_MAX = 0x7FFF
 
 
 def update(run: Run) -> None:
     """Update ``run`` in place. Equal to the compiled kernels bit for bit."""
     c = run.coefficients
     param = _master(run).double()
-    grad = _flat(run.grad).double()
+    grad = in_memory_order(run.grad).double()
     if c.l2:
         grad = c.grad_factor * grad + c.l2 * param
     exp_avg = c.beta1 * run.exp_avg.double() + c.grad_to_exp_avg * grad
@@ -39,7 +39,7 @@ def sum_squares(values: Tensor, words: Tensor) -> None:
 
     Blocks of 128 are summed by halving in float64, their sums exactly.
     """
-    flat = _flat(values).double()
+    flat = in_memory_order(values).double()
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % exact_sum.BLOCK))
     sums = blocks.square_().view(-1, exact_sum.BLOCK)
     while sums.shape[1] > 1:
@@ -89,7 +89,3 @@ def _store(run: Run, value: Tensor) -> None:
     else:
         run.master.copy_(value)
         run.param.copy_(run.master)
-
-
-def _flat(grad: Tensor) -> Tensor:
-    return grad.as_strided((grad.numel(),), (1,))

@@ -85,6 +85,11 @@ class Run:
     """A backend's own form of the tensors that stay, made once."""
 
 
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor of any shape and strides, 1-D, in the order of memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
 def state_dtype(param_dtype: torch.dtype) -> torch.dtype:
     """The dtype of moments and reduced gradients: float64 for float64 params, else float32."""
     return torch.float64 if param_dtype == torch.float64 else torch.float32
