@@ -1,5 +1,7 @@
 """Adam, AdamW and NAdam: torch.optim's constructors, and the rule's coefficients."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ _ARGUMENTS = """
     name. ``foreach``, ``fused`` and ``capturable`` are accepted and change nothing: there is one
     fused implementation. Every rank constructs the optimizer with the same params in the same order
     and then has the first rank's values, as under DDP. ``param.data`` becomes a view of a flat
-    buffer: move and wrap the model first. Pass ``model.named_parameters()``, and errors name params.
+    buffer: move and wrap the model first. Pass ``model.named_parameters()`` and errors name them.
 
     Args:
         params: params, named params or param groups, as in torch.optim.
@@ -199,12 +201,14 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
 
     def _advance(self, grads: BucketGrads) -> None:
         super()._advance(grads)
-        scalars = grads.bucket.scalars
-        for index, span in enumerate(grads.bucket.bucket.spans):
-            if grads.present[index]:
-                group = self.param_groups[span.group]
-                step = float(scalars["step"][index])
-                scalars["mu_product"][index] *= _momentum(group, step)
+        steps, products = grads.bucket.scalars["step"], grads.bucket.scalars["mu_product"]
+        factors = [
+            _momentum(self.param_groups[span.group], step) if present else 1.0
+            for span, step, present in zip(
+                grads.bucket.bucket.spans, steps.tolist(), grads.present, strict=True
+            )
+        ]
+        products.copy_(products.double() * torch.tensor(factors, dtype=torch.float64))
 
     def _coefficients(
         self, grad_factor: float, group: dict[str, Any], *scalars: float

@@ -45,7 +45,7 @@ class FlatBucket:
         first = params[0]
         self.dtype, self.device = real_dtype(first), first.device
         self.flat = torch.zeros(bucket.numel, dtype=self.dtype, device=self.device)
-        self.shard = self.flat.view(bucket.world_size, -1)[rank]
+        self.shard = self.flat.view(bucket.world_size, bucket.shard_numel)[rank]
         self.views = [
             view_like(param, self.flat[span.offset : span.offset + span.numel])
             for span, param in zip(bucket.spans, params, strict=True)

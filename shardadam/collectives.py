@@ -110,11 +110,11 @@ class Communicator:
         """
         world_size = self.world_size
         shards = flat
-        if world_size > 1:
+        if world_size > 1 and flat.numel():
             shards = self.buffer("received", flat.numel(), flat.dtype)
             with self._says("reduce-scattering gradients"):
                 dist.all_to_all_single(shards, flat, group=self.process_group)
-        first, *others = shards.view(world_size, -1).unbind()
+        first, *others = _shards(shards, world_size)
         total = first.to(state_dtype(flat.dtype), copy=True)
         for other in others:
             total += other
@@ -129,8 +129,8 @@ class Communicator:
             return
         works = []
         with self._says("all-gathering params"):
-            for flat in flats:
-                shards = flat.view(self.world_size, -1)
+            for flat in filter(torch.Tensor.numel, flats):
+                shards = _shards(flat, self.world_size)
                 if self.backend == "nccl":
                     works.append(
                         dist.all_gather_into_tensor(
@@ -138,7 +138,7 @@ class Communicator:
                         )
                     )
                     continue
-                for owner, shard in enumerate(shards.unbind()):
+                for owner, shard in enumerate(shards):
                     works.append(
                         dist.broadcast(
                             shard, group=self.process_group, group_src=owner, async_op=True
@@ -157,3 +157,7 @@ class Communicator:
                 f"rank {self.rank} of {self.world_size} failed while {doing} over {self.backend} "
                 f"(has a peer died?): {error}"
             ) from error
+
+
+def _shards(flat: Tensor, world_size: int) -> tuple[Tensor, ...]:
+    return flat.view(world_size, flat.numel() // world_size).unbind()

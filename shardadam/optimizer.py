@@ -70,7 +70,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         assert self._places is not None
         buckets = placement.place(
             placement.unplaced(self.param_groups, self._places),
-            placement.hyperparameters(self.param_groups),
+            self._hyperparameters(),
             self._scalars,
             self._communicator,
             self._options,
@@ -143,7 +143,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         late = placement.unplaced(self.param_groups, self._places)
         words = {
             "late": digest("\n".join(map(str, late))) if late else 0,
-            "hyperparameters": digest("\n".join(placement.hyperparameters(self.param_groups))),
+            "hyperparameters": digest("\n".join(self._hyperparameters())),
             "present": digest(bytes(self._reducer.presence())),
             "unreduced": self._reducer.unreduced(),
             "scale": float_to_word(amp.grad_scale(self)),
@@ -152,9 +152,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         }
         seen = meet(self._communicator, point, words, error)
         if not seen["hyperparameters"].agreed:
-            difference = first_difference(
-                self._communicator.exchange(placement.hyperparameters(self.param_groups))
-            )
+            difference = first_difference(self._communicator.exchange(self._hyperparameters()))
             raise ValueError(f"hyperparameters differ between ranks: {difference}")
         if seen["late"].high:
             self._place()
@@ -280,9 +278,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             index = bucket.stale()
             if index is not None:
                 raise ValueError(
-                    f"{bucket.names[index]} no longer is the memory that the optimizer updates: "
-                    "its .data was replaced after construction (by .to(), a wrapper, an assignment). "
-                    "Expected: move and wrap the model first, then construct the optimizer"
+                    f"{bucket.names[index]} no longer is the memory that the optimizer updates; "
+                    "its .data was replaced after construction, by .to(), a wrapper, an "
+                    "assignment. Expected: move and wrap the model first, then the optimizer"
                 )
         self._reducer.check()
         if self._clipped is not None:
@@ -293,6 +291,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     "expected clip_grad_norm_() after the last backward pass"
                 )
         amp.check(self)
+
+    def _hyperparameters(self) -> list[str]:
+        return placement.hyperparameters(self.param_groups, self.defaults)
 
     def _give_hint(self, seen: _Seen) -> None:
         if self._hint and seen["gradients"].agreed and seen["gradients"].high:

@@ -1,6 +1,6 @@
 """From param groups to buckets: which params, checked alone and against the other ranks."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,23 +63,26 @@ def named(index: int, group: dict[str, Any]) -> list[tuple[str, Tensor]]:
 
 def unplaced(param_groups: Sequence[dict[str, Any]], placed: Container[Tensor]) -> list[Candidate]:
     """The params that are to be optimized and have no place yet; frozen ones are left out."""
+
+    def wanted(param: Tensor) -> bool:
+        return param not in placed and (param.requires_grad or param.grad is not None)
+
     return [
         Candidate(param, name, index, bool(group.get("amsgrad", False)))
         for index, group in enumerate(param_groups)
+        if any(map(wanted, group["params"]))
         for name, param in named(index, group)
-        if param not in placed and (param.requires_grad or param.grad is not None)
+        if wanted(param)
     ]
 
 
-def hyperparameters(param_groups: Sequence[dict[str, Any]]) -> list[str]:
-    """What of every group must be equal on every rank, one line per group."""
+def hyperparameters(param_groups: Sequence[dict[str, Any]], names: Iterable[str]) -> list[str]:
+    """What of every group must be equal on every rank, one line per group.
+
+    Only ``names``: a group may hold whatever else its owner put there.
+    """
     return [
-        f"group {index} with "
-        + ", ".join(
-            f"{name}={_plain(value)}"
-            for name, value in sorted(group.items())
-            if name not in ("params", "param_names")
-        )
+        f"group {index} with " + ", ".join(f"{name}={_plain(group.get(name))}" for name in names)
         for index, group in enumerate(param_groups)
     ]
 

@@ -3,6 +3,7 @@
 #include "twin.h"
 
 #include <algorithm>
+#include <cstring>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -14,19 +15,35 @@ namespace {
 constexpr int64_t kElementsPerThread = int64_t(1) << 16;
 constexpr int64_t kCut = 128;
 
-const Loops& loops() {
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512cd");
+}
+
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi2");
+}
+#endif
+
+// The loops that were built and that this processor can run, the best first.
+std::vector<const Loops*> usable_loops() {
+  std::vector<const Loops*> usable;
 #if defined(SHARDADAM_HAVE_AVX512)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512cd"))
-    return loops_avx512();
+  if (has_avx512()) usable.push_back(&loops_avx512());
 #endif
 #if defined(SHARDADAM_HAVE_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("bmi2"))
-    return loops_avx2();
+  if (has_avx2()) usable.push_back(&loops_avx2());
 #endif
-  return loops_baseline();
+  usable.push_back(&loops_baseline());
+  return usable;
+}
+
+const Loops*& loops() {
+  static const Loops* chosen = usable_loops().front();
+  return chosen;
 }
 
 // Calls work(part, begin, end) with [0, total) cut into equal ranges, one per thread; part 0 runs
@@ -75,12 +92,19 @@ using namespace shardadam;
 
 EXPORT int32_t shardadam_abi_version() { return kAbiVersion; }
 
-EXPORT const char* shardadam_isa() { return loops().name; }
+EXPORT const char* shardadam_isa() { return loops()->name; }
+
+// For tests: run the loops of another instruction set. 1 if this processor can't.
+EXPORT int32_t shardadam_use_isa(const char* name) {
+  for (const Loops* usable : usable_loops())
+    if (!std::strcmp(usable->name, name)) return loops() = usable, 0;
+  return 1;
+}
 
 // Updates `count` runs. Returns 0, or 1 + the index of the first run whose formats are unknown, in
 // which case nothing was changed.
 EXPORT int64_t shardadam_update(const Run* runs, int64_t count, int32_t threads) {
-  const Loops& isa = loops();
+  const Loops& isa = *loops();
   std::vector<UpdateRange> updates;
   updates.reserve(size_t(count));
   int64_t total = 0;
@@ -104,7 +128,7 @@ EXPORT int64_t shardadam_update(const Run* runs, int64_t count, int32_t threads)
 // unknown.
 EXPORT int64_t shardadam_sum_squares(const void* values, int64_t numel, int32_t grad_format,
                                      int64_t* words, int32_t threads) {
-  const SumSquares sum = loops().sum_squares(grad_format);
+  const SumSquares sum = loops()->sum_squares(grad_format);
   if (!sum) return 1;
   const int64_t width = grad_format == kGradFloat64 ? 8 : grad_format == kGradFloat32 ? 4 : 2;
   const int32_t parts = parts_for(numel, threads);

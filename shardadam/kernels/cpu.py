@@ -65,7 +65,15 @@ class Twin:
         library.shardadam_update.restype = ctypes.c_int64
         library.shardadam_sum_squares.restype = ctypes.c_int64
         self._library = library
-        self.name = f"compiled CPU twin ({library.shardadam_isa().decode()})"
+
+    @property
+    def name(self) -> str:
+        """With the instruction set in use."""
+        return f"compiled CPU twin ({self._library.shardadam_isa().decode()})"
+
+    def use_isa(self, isa: str) -> bool:
+        """For tests: run the loops for "baseline", "avx2" or "avx512"; False if they can't run."""
+        return not self._library.shardadam_use_isa(ctypes.c_char_p(isa.encode()))
 
     def update(self, runs: Sequence[Run]) -> None:
         """Update every run in place, in one call.
