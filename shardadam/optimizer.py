@@ -5,7 +5,7 @@ import functools
 import itertools
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -370,9 +370,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._forget_grads()
             return
         super().__setstate__(state)
-        copied = self.state
-        self.state = defaultdict(dict)
+        copied, self.state = self.state, defaultdict(dict)
         self._shard(self._options)
+        self._restore(copied)
+
+    def _restore(self, copied: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+        """Fill the state, just laid out, from what `state` was on the original."""
         assert self._places is not None
         for param, values in copied.items():
             for name, value in values.items():

@@ -142,8 +142,8 @@ EXPORT int64_t shardadam_sum_squares(const void* values, int64_t numel, int32_t 
 }
 
 // The split master's codec over arrays (see adam_update.h).
-EXPORT void shardadam_split(const float* master, uint16_t* param, int16_t* remainder,
-                            int64_t numel, int32_t threads) {
+EXPORT void shardadam_split(const float* master, uint16_t* param, int16_t* remainder, int64_t numel,
+                            int32_t threads) {
   parallel(numel, parts_for(numel, threads), [&](int32_t, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Split split = split_of(master[i]);
