@@ -13,16 +13,16 @@ namespace shardadam {
 namespace SHARDADAM_ISA {
 
 constexpr int64_t kBlock = 128;  // of a sum of squares; elements
-constexpr int64_t kTile = 64;    // worked on at a time
 constexpr int64_t kPrefetchBytes = 3072;
 
 // Work goes tile by tile: a 16-bit operand is widened into a small buffer first, in a loop of its
-// own, because a loop that mixes 16- and 64-bit lanes spends its time on shuffles. Tiles are small
-// enough that one's conversions overlap with its neighbour's divisions.
+// own, because a loop that mixes 16- and 64-bit lanes spends its time on shuffles. Tiles (kTile
+// elements, measured per format) are small enough that one's conversions overlap with its
+// neighbour's divisions.
 
 // Fetches the tile that lies kPrefetchBytes ahead: the divider leaves the processor too little
 // look-ahead to do so by itself (worth 15 % at one thread).
-template <class T>
+template <int64_t kTile, class T>
 void prefetch(const T* values) {
   const char* ahead = reinterpret_cast<const char*>(values) + kPrefetchBytes;
   for (int64_t byte = 0; byte < kTile * int64_t(sizeof(T)); byte += 64)
@@ -45,6 +45,18 @@ float decode(Fp16 value) { return float_of_fp16(value.bits); }
 const float* widen(const float* values, int64_t, float*) { return values; }
 const double* widen(const double* values, int64_t, double*) { return values; }
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a float's lower half comes first");
+using Half = uint16 __attribute__((may_alias));
+
+const float* widen(const Bf16* values, int64_t count, float* buffer) {
+  Half* __restrict halves = reinterpret_cast<Half*>(buffer);
+  for (int64_t i = 0; i < count; ++i) {
+    halves[2 * i] = 0;
+    halves[2 * i + 1] = values[i].bits;
+  }
+  return buffer;
+}
+
 template <class T>
 const float* widen(const T* values, int64_t count, float* __restrict buffer) {
   for (int64_t i = 0; i < count; ++i) buffer[i] = decode(values[i]);
@@ -57,36 +69,57 @@ const float* widen(const T* values, int64_t count, float* __restrict buffer) {
 template <class T>
 struct Plain {
   using Moment = T;
+  static constexpr int64_t kTile = 64;
   T* param;
   explicit Plain(const Run& run) : param(static_cast<T*>(run.param)) {}
   T* load(int64_t start, int64_t, T*) const { return param + start; }
   void store(int64_t, int64_t, const T*) const {}
-  void prefetch(int64_t start) const { SHARDADAM_ISA::prefetch(param + start); }
+  void prefetch(int64_t start) const { SHARDADAM_ISA::prefetch<kTile>(param + start); }
 };
 
 struct Bf16Split {
   using Moment = float;
+  static constexpr int64_t kTile = 128;
   uint16* param;
   int16* remainder;
   explicit Bf16Split(const Run& run)
       : param(static_cast<uint16*>(run.param)), remainder(static_cast<int16*>(run.master)) {}
+  // adam_update.h's master_of() and split_of() on 16-bit halves, which takes half the instructions:
+  // to round is to carry the remainder's top bit into the upper half.
   float* load(int64_t start, int64_t count, float* buffer) const {
-    for (int64_t i = 0; i < count; ++i)
-      buffer[i] = master_of({param[start + i], remainder[start + i]});
+    const uint16* __restrict high = param + start;
+    const int16* __restrict low = remainder + start;
+    Half* __restrict halves = reinterpret_cast<Half*>(buffer);
+    for (int64_t i = 0; i < count; ++i) {
+      halves[2 * i] = uint16(low[i]);
+      halves[2 * i + 1] = uint16(high[i] + (low[i] >> 15));
+    }
     return buffer;
   }
   void store(int64_t start, int64_t count, const float* buffer) const {
     uint16* __restrict high = param + start;
     int16* __restrict low = remainder + start;
+    const Half* __restrict halves = reinterpret_cast<const Half*>(buffer);
+    uint16 largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int16 rest = int16(halves[2 * i]);
+      const uint16 upper = halves[2 * i + 1], magnitude = upper & 0x7fffu;
+      high[i] = uint16(upper - (rest >> 15));
+      low[i] = rest;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    if (largest >= 0x7f80u) store_with_nan(start, count, buffer);
+  }
+  void store_with_nan(int64_t start, int64_t count, const float* buffer) const {
     for (int64_t i = 0; i < count; ++i) {
       const Split split = split_of(buffer[i]);
-      high[i] = split.param;
-      low[i] = split.remainder;
+      param[start + i] = split.param;
+      remainder[start + i] = split.remainder;
     }
   }
   void prefetch(int64_t start) const {
-    SHARDADAM_ISA::prefetch(param + start);
-    SHARDADAM_ISA::prefetch(remainder + start);
+    SHARDADAM_ISA::prefetch<kTile>(param + start);
+    SHARDADAM_ISA::prefetch<kTile>(remainder + start);
   }
 };
 
@@ -95,6 +128,7 @@ struct Bf16Split {
 template <uint16 (*kEncode)(float), float (*kDecode)(uint16)>
 struct WithMaster {
   using Moment = float;
+  static constexpr int64_t kTile = 128;
   uint16* param;
   float* master;
   explicit WithMaster(const Run& run)
@@ -115,8 +149,8 @@ struct WithMaster {
     }
   }
   void prefetch(int64_t start) const {
-    SHARDADAM_ISA::prefetch(param + start);
-    SHARDADAM_ISA::prefetch(master + start);
+    SHARDADAM_ISA::prefetch<kTile>(param + start);
+    SHARDADAM_ISA::prefetch<kTile>(master + start);
   }
 };
 
@@ -125,6 +159,7 @@ template <class Format, class Grad, bool kAmsgrad, bool kNesterov, bool kL2>
 inline __attribute__((always_inline)) void update_tile(const Run& run, const Coefficients& c,
                                                        int64_t start, int64_t count) {
   using Moment = typename Format::Moment;
+  constexpr int64_t kTile = Format::kTile;
   const Format format(run);
   const Grad* grads = static_cast<const Grad*>(run.grad) + start;
   Moment* __restrict exp_avg = static_cast<Moment*>(run.exp_avg) + start;
@@ -132,9 +167,9 @@ inline __attribute__((always_inline)) void update_tile(const Run& run, const Coe
   Moment* __restrict max_exp_avg_sq =
       kAmsgrad ? static_cast<Moment*>(run.max_exp_avg_sq) + start : nullptr;
   format.prefetch(start);
-  prefetch(grads);
-  prefetch(exp_avg);
-  prefetch(exp_avg_sq);
+  prefetch<kTile>(grads);
+  prefetch<kTile>(exp_avg);
+  prefetch<kTile>(exp_avg_sq);
 
   Moment param_buffer[kTile], grad_buffer[kTile];
   Moment* __restrict param = format.load(start, count, param_buffer);
@@ -152,6 +187,7 @@ inline __attribute__((always_inline)) void update_tile(const Run& run, const Coe
 
 template <class Format, class Grad, bool kAmsgrad, bool kNesterov, bool kL2>
 void update_range(const Run& run, int64_t begin, int64_t end) {
+  constexpr int64_t kTile = Format::kTile;
   const Coefficients c = *run.coefficients;
   int64_t start = begin;
   for (; start + kTile <= end; start += kTile)
@@ -214,6 +250,21 @@ void add_exactly(double value, int64_t* words) {
   limb[2] += int64_t(high >> 32);
 }
 
+void split(const float* master, uint16* param, int16* remainder, int64_t numel) {
+  Run run{};
+  run.param = param;
+  run.master = remainder;
+  for (int64_t start = 0; start < numel; start += kBlock)
+    Bf16Split(run).store(start, numel - start < kBlock ? numel - start : kBlock, master + start);
+}
+
+void join(const uint16* param, const int16* remainder, float* master, int64_t numel) {
+  Run run{};
+  run.param = const_cast<uint16*>(param);
+  run.master = const_cast<int16*>(remainder);
+  Bf16Split(run).load(0, numel, master);
+}
+
 // Squares are summed in double over each block of 128 elements by halving (64 + 64, 32 + 32, …,
 // the order a warp can keep), and the blocks' sums are added up exactly.
 template <class Grad>
@@ -245,7 +296,8 @@ SumSquares pick_sum(int32_t grad_format) {
 }  // namespace SHARDADAM_ISA
 
 const Loops& CONCAT(loops_, SHARDADAM_ISA)() {
-  static const Loops loops{STRING(SHARDADAM_ISA), SHARDADAM_ISA::pick, SHARDADAM_ISA::pick_sum};
+  static const Loops loops{STRING(SHARDADAM_ISA), SHARDADAM_ISA::pick, SHARDADAM_ISA::pick_sum,
+                           SHARDADAM_ISA::split, SHARDADAM_ISA::join};
   return loops;
 }
 

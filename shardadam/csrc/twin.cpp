@@ -46,23 +46,47 @@ const Loops*& loops() {
   return chosen;
 }
 
-// Calls work(part, begin, end) with [0, total) cut into equal ranges, one per thread; part 0 runs
-// here. Threads live for one call, so a process may fork between calls. Where the system refuses a
-// thread, the caller does its range.
+// torch's OpenMP pool, if Python handed it over: its idle workers spin for milliseconds, and would
+// compete for the cores with threads of our own.
+struct OpenMp {
+  void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
+  int (*thread_num)() = nullptr;
+  int (*num_threads)() = nullptr;
+};
+OpenMp openmp;
+
+// Calls work(part, begin, end) with [0, total) cut into `parts` ranges, in parallel.
 template <class Work>
 void parallel(int64_t total, int32_t parts, Work work) {
   const int64_t step = (total / parts + kCut) / kCut * kCut;
+  const auto run = [&](int32_t part) {
+    const int64_t begin = std::min(total, step * part);
+    work(part, begin, std::min(total, begin + step));
+  };
+  if (parts == 1) return run(0);
+  if (openmp.parallel) {
+    struct Body {
+      const decltype(run)& part;
+      int32_t parts;
+      static void main(void* data) {
+        const Body& body = *static_cast<Body*>(data);
+        // OpenMP may give fewer threads than were asked for.
+        for (int32_t i = openmp.thread_num(); i < body.parts; i += openmp.num_threads())
+          body.part(i);
+      }
+    } body{run, parts};
+    return openmp.parallel(Body::main, &body, unsigned(parts), 0);
+  }
   std::vector<std::thread> threads;
   threads.reserve(size_t(parts));
   for (int32_t part = 1; part < parts; ++part) {
-    const int64_t begin = std::min(total, step * part), end = std::min(total, begin + step);
     try {
-      threads.emplace_back(work, part, begin, end);
+      threads.emplace_back(run, part);
     } catch (const std::system_error&) {
-      work(part, begin, end);
+      run(part);  // the system refuses another thread
     }
   }
-  work(0, int64_t(0), std::min(total, step));
+  run(0);
   for (std::thread& thread : threads) thread.join();
 }
 
@@ -99,6 +123,14 @@ EXPORT int32_t shardadam_use_isa(const char* name) {
   for (const Loops* usable : usable_loops())
     if (!std::strcmp(usable->name, name)) return loops() = usable, 0;
   return 1;
+}
+
+// Hands over GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the OpenMP that is
+// loaded.
+EXPORT void shardadam_use_openmp(void* parallel, void* thread_num, void* num_threads) {
+  openmp.parallel = reinterpret_cast<decltype(OpenMp::parallel)>(parallel);
+  openmp.thread_num = reinterpret_cast<decltype(OpenMp::thread_num)>(thread_num);
+  openmp.num_threads = reinterpret_cast<decltype(OpenMp::num_threads)>(num_threads);
 }
 
 // Updates `count` runs. Returns 0, or 1 + the index of the first run whose formats are unknown, in
@@ -145,17 +177,13 @@ EXPORT int64_t shardadam_sum_squares(const void* values, int64_t numel, int32_t 
 EXPORT void shardadam_split(const float* master, uint16_t* param, int16_t* remainder, int64_t numel,
                             int32_t threads) {
   parallel(numel, parts_for(numel, threads), [&](int32_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Split split = split_of(master[i]);
-      param[i] = split.param;
-      remainder[i] = split.remainder;
-    }
+    loops()->split(master + begin, param + begin, remainder + begin, end - begin);
   });
 }
 
 EXPORT void shardadam_join(const uint16_t* param, const int16_t* remainder, float* master,
                            int64_t numel, int32_t threads) {
   parallel(numel, parts_for(numel, threads), [&](int32_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) master[i] = master_of({param[i], remainder[i]});
+    loops()->join(param + begin, remainder + begin, master + begin, end - begin);
   });
 }

@@ -47,6 +47,8 @@ struct Loops {
   const char* name;
   UpdateRange (*update)(int32_t param_format, int32_t grad_format, int32_t flags);
   SumSquares (*sum_squares)(int32_t grad_format);
+  void (*split)(const float* master, uint16* param, int16* remainder, int64_t numel);
+  void (*join)(const uint16* param, const int16* remainder, float* master, int64_t numel);
 };
 
 const Loops& loops_baseline();

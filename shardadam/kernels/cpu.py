@@ -65,6 +65,11 @@ class Twin:
         library.shardadam_update.restype = ctypes.c_int64
         library.shardadam_sum_squares.restype = ctypes.c_int64
         self._library = library
+        openmp = _loaded_openmp()
+        if openmp is not None:
+            library.shardadam_use_openmp(
+                openmp.GOMP_parallel, openmp.omp_get_thread_num, openmp.omp_get_num_threads
+            )
 
     @property
     def name(self) -> str:
@@ -159,6 +164,17 @@ def _candidates() -> Iterator[Path]:
     except importlib.metadata.PackageNotFoundError:
         return
     yield Path(str(distribution.locate_file(f"shardadam/kernels/{_FILE}")))
+
+
+def _loaded_openmp() -> ctypes.CDLL | None:
+    """The GNU OpenMP that torch has brought along and loaded; other platforms use plain threads."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines() if "/" in line}
+    loaded = sorted(path for path in paths if Path(path).name.startswith("libgomp"))
+    # With two of them loaded, which one torch uses can't be told.
+    return ctypes.CDLL(loaded[0]) if len(loaded) == 1 else None
 
 
 def _prepare(run: Run) -> _Run:
