@@ -45,18 +45,6 @@ float decode(Fp16 value) { return float_of_fp16(value.bits); }
 const float* widen(const float* values, int64_t, float*) { return values; }
 const double* widen(const double* values, int64_t, double*) { return values; }
 
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a float's lower half comes first");
-using Half = uint16 __attribute__((may_alias));
-
-const float* widen(const Bf16* values, int64_t count, float* buffer) {
-  Half* __restrict halves = reinterpret_cast<Half*>(buffer);
-  for (int64_t i = 0; i < count; ++i) {
-    halves[2 * i] = 0;
-    halves[2 * i + 1] = values[i].bits;
-  }
-  return buffer;
-}
-
 template <class T>
 const float* widen(const T* values, int64_t count, float* __restrict buffer) {
   for (int64_t i = 0; i < count; ++i) buffer[i] = decode(values[i]);
@@ -76,6 +64,9 @@ struct Plain {
   void store(int64_t, int64_t, const T*) const {}
   void prefetch(int64_t start) const { SHARDADAM_ISA::prefetch<kTile>(param + start); }
 };
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a float's lower half comes first");
+using Half = uint16 __attribute__((may_alias));
 
 struct Bf16Split {
   using Moment = float;
@@ -99,18 +90,22 @@ struct Bf16Split {
   void store(int64_t start, int64_t count, const float* buffer) const {
     uint16* __restrict high = param + start;
     int16* __restrict low = remainder + start;
-    const Half* __restrict halves = reinterpret_cast<const Half*>(buffer);
-    uint16 largest = 0;
+    uint32 largest = 0;
     for (int64_t i = 0; i < count; ++i) {
-      const int16 rest = int16(halves[2 * i]);
-      const uint16 upper = halves[2 * i + 1], magnitude = upper & 0x7fffu;
-      high[i] = uint16(upper - (rest >> 15));
-      low[i] = rest;
+      const uint32 magnitude = bits_of(buffer[i]) & 0x7fffffffu;
       largest = magnitude > largest ? magnitude : largest;
     }
-    if (largest >= 0x7f80u) store_with_nan(start, count, buffer);
+    if (is_nan_bits(largest)) return store_with_nan(start, count, buffer);
+    const Half* __restrict halves = reinterpret_cast<const Half*>(buffer);
+    for (int64_t i = 0; i < count; ++i) {
+      const int16 rest = int16(halves[2 * i]);
+      high[i] = uint16(halves[2 * i + 1] - (rest >> 15));
+      low[i] = rest;
+    }
   }
-  void store_with_nan(int64_t start, int64_t count, const float* buffer) const {
+  // Out of the way of the loops above (inlined, it costs 6 % of the update).
+  __attribute__((noinline, cold)) void store_with_nan(int64_t start, int64_t count,
+                                                      const float* buffer) const {
     for (int64_t i = 0; i < count; ++i) {
       const Split split = split_of(buffer[i]);
       param[start + i] = split.param;
