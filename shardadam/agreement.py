@@ -37,6 +37,10 @@ _NAMES = {
 }
 
 
+# As many at every point: ranks at different points must still understand each other.
+_WORDS = 8
+
+
 @dataclass(frozen=True, slots=True)
 class Range:
     """The smallest and the largest of a word over the ranks."""
@@ -83,11 +87,13 @@ def meet(
         RuntimeError: ranks are at different points, or another rank has an error.
     """
     words = words or {}
+    assert len(words) <= _WORDS
     if communicator.world_size == 1:
         if error is not None:
             raise error
         return {name: Range(word, word) for name, word in words.items()}
-    low, high = communicator.agree([point, error is not None, *words.values()])
+    padding = [0] * (_WORDS - len(words))
+    low, high = communicator.agree([point, error is not None, *words.values(), *padding])
     if low[0] != high[0]:
         points = communicator.exchange(_NAMES[point])
         places = ", ".join(f"rank {rank} is in {place}" for rank, place in enumerate(points))
@@ -107,7 +113,7 @@ def meet(
         raise RuntimeError(f"another rank stopped before {_NAMES[point]}: {culprits}")
     return {
         name: Range(*pair)
-        for name, pair in zip(words, zip(low[2:], high[2:], strict=True), strict=True)
+        for name, pair in zip(words, zip(low[2:], high[2:], strict=True), strict=False)
     }
 
 

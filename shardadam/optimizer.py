@@ -68,18 +68,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _place(self) -> None:
         """Lay out the params that have no place yet: new ones, unfrozen ones. Collective."""
         assert self._places is not None
+        candidates = placement.unplaced(self.param_groups, self._places)
         buckets = placement.place(
-            placement.unplaced(self.param_groups, self._places),
-            self._hyperparameters(),
-            self._scalars,
-            self._communicator,
-            self._options,
+            candidates, self._hyperparameters(), self._scalars, self._communicator, self._options
         )
         self._buckets += buckets
         self._reducer.add(buckets)
+        for candidate in candidates:
+            self.state[candidate.param] = {}  # in torch's order, which is not the buckets'
         for bucket in buckets:
-            for index, param in enumerate(bucket.params):
-                self._places[param] = (bucket, index)
+            self._places.update((param, (bucket, i)) for i, param in enumerate(bucket.params))
             self._show(bucket)
 
     def _show(self, bucket: FlatBucket) -> None:

@@ -77,13 +77,14 @@ def unplaced(param_groups: Sequence[dict[str, Any]], placed: Container[Tensor]) 
 
 
 def hyperparameters(param_groups: Sequence[dict[str, Any]], names: Iterable[str]) -> list[str]:
-    """What of every group must be equal on every rank, one line per group.
+    """What of every group must be equal on every rank, a line each.
 
     Only ``names``: a group may hold whatever else its owner put there.
     """
     return [
-        f"group {index} with " + ", ".join(f"{name}={_plain(group.get(name))}" for name in names)
+        f"{name}={_plain(group.get(name))} in group {index}"
         for index, group in enumerate(param_groups)
+        for name in names
     ]
 
 
@@ -127,7 +128,9 @@ def place(
     seen = meet(communicator, Point.CONSTRUCTION, {"layout": digest("\n".join(lines))}, error)
     if not seen["layout"].agreed:
         difference = first_difference(communicator.exchange(lines))
-        raise ValueError(f"the optimizer's params must be the same on every rank: {difference}")
+        raise ValueError(
+            f"expected the same params and hyperparameters on every rank: {difference}"
+        )
 
     buckets: list[Bucket] = []
     keys = [
