@@ -208,7 +208,7 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
                 grads.bucket.bucket.spans, steps.tolist(), grads.present, strict=True
             )
         ]
-        products.copy_(products.double() * torch.tensor(factors, dtype=torch.float64))
+        products *= torch.tensor(factors, dtype=torch.float64)
 
     def _coefficients(
         self, grad_factor: float, group: dict[str, Any], *scalars: float

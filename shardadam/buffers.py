@@ -55,9 +55,12 @@ class FlatBucket:
             param.data = view
         self._addresses = [view.data_ptr() for view in self.views]
         self._packed: tuple[int, list[Tensor]] = (0, [])
-        scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        # torch's dtype for "step"; more for a product of many factors, whose error would grow.
+        counter = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
         self.scalars = {
-            name: torch.full((len(self.pieces),), initial, dtype=scalar)
+            name: torch.full(
+                (len(self.pieces),), initial, dtype=counter if name == "step" else torch.float64
+            )
             for name, initial in scalars.items()
         }
         self.initial_scalars = dict(scalars)

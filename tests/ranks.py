@@ -59,9 +59,7 @@ def run_ranks(
     return results
 
 
-def _rank_main(
-    rank: int, world_size: int, store: str, pipe: Any, function: Any, args: Any
-) -> None:
+def _rank_main(rank: int, world_size: int, store: str, pipe: Any, function: Any, args: Any) -> None:
     torch.set_num_threads(1)
     result, failure = None, None
     try:

@@ -74,10 +74,15 @@ class Twin:
     @property
     def name(self) -> str:
         """With the instruction set in use."""
-        return f"compiled CPU twin ({self._library.shardadam_isa().decode()})"
+        return f"compiled CPU twin ({self.isa})"
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use: "baseline", "avx2" or "avx512"."""
+        return str(self._library.shardadam_isa().decode())
 
     def use_isa(self, isa: str) -> bool:
-        """For tests: run the loops for "baseline", "avx2" or "avx512"; False if they can't run."""
+        """For tests: use another instruction set from now on; False if it can't run here."""
         return not self._library.shardadam_use_isa(ctypes.c_char_p(isa.encode()))
 
     def update(self, runs: Sequence[Run]) -> None:

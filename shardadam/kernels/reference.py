@@ -31,7 +31,7 @@ def update(run: Run) -> None:
         numerator = numerator + c.grad_to_update * grad
     run.exp_avg.copy_(exp_avg)
     run.exp_avg_sq.copy_(exp_avg_sq)
-    _store(run, c.keep * param - numerator / (square.sqrt() + c.epsilon))
+    _store(run, c.keep * param - numerator / (_sqrt(square) + c.epsilon))
 
 
 def sum_squares(values: Tensor, words: Tensor) -> None:
@@ -67,6 +67,20 @@ def join_master(param: Tensor, remainder: Tensor) -> Tensor:
     """The float32 master weights that `split_master` split."""
     bits = (param.view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)
     return bits.view(torch.float32)
+
+
+def _sqrt(square: Tensor) -> Tensor:
+    """The correctly rounded square root; torch's on CPU is one ulp off in 1 % of the cases.
+
+    One Newton step, with the residual made exact by splitting the root in halves (Dekker 1971).
+    """
+    root = square.sqrt()
+    scaled = root * (2.0**27 + 1.0)
+    high = scaled - (scaled - root)
+    low = root - high
+    residual = ((square - high * high) - 2.0 * high * low) - low * low
+    regular = (root > 0) & root.isfinite()
+    return torch.where(regular, root + residual / (2.0 * root), root)
 
 
 def _master(run: Run) -> Tensor:
