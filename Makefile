@@ -1,5 +1,5 @@
-# What a person does here. `make` lists it. Every target first sets up .venv: once, and again when the
-# packaging or the C++ changes. Python edits need nothing.
+# What a person does here; `make` lists it. Every target first sets up .venv: once, and again when
+# the packaging or the C++ changes. Python edits need nothing.
 
 PYTHON ?= python3
 RANKS ?= 2
@@ -9,7 +9,8 @@ EXTRAS ?= dev
 TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Errors show, the rest doesn't.
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 CSRC := $(wildcard shardadam/csrc/*.h shardadam/csrc/*.cpp shardadam/csrc/*.cu)
 READY := .venv/shardadam.stamp
 
@@ -17,8 +18,8 @@ READY := .venv/shardadam.stamp
 SHARDADAM_REQUIRE_TWIN ?= $(if $(shell command -v $${CXX:-c++}),1,0)
 export SHARDADAM_REQUIRE_TWIN
 
-# The least of: physical cores, CPUs this process may use, physical cores on macOS. Two threads on one
-# core gain nothing here, and the ranks share the machine.
+# The least of: physical cores, CPUs this process may use, physical cores on macOS. Two threads on
+# one core gain nothing here, and the ranks share the machine.
 CORES = $(shell { lscpu -p=Core,Socket | grep '^[0-9]' | sort -u | wc -l; nproc; \
 	sysctl -n hw.physicalcpu; } 2>/dev/null | sort -n | awk '$$1 > 0 { print $$1; exit }')
 THREADS = $(shell echo $$(($(CORES) > $(RANKS) ? $(CORES) / $(RANKS) : 1)))

@@ -20,8 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardadam.kernels.run import state_dtype
-
 
 class Communicator:
     """This process among the ranks of ``process_group`` (None: the default one, if there is one).
@@ -103,10 +101,11 @@ class Communicator:
             self._buffers[name, dtype] = kept
         return kept[:numel]
 
-    def reduce_scatter_mean(self, flat: Tensor) -> Tensor:
-        """The mean over the ranks of this rank's shard of ``flat``, as a new fp32 (fp64) tensor.
+    def reduce_scatter_mean(self, flat: Tensor, mean: Tensor) -> None:
+        """Write the mean over the ranks of this rank's shard of ``flat`` to ``mean``.
 
-        ``flat`` holds ``world_size`` shards of equal length; it is left as it was.
+        ``flat`` holds ``world_size`` shards of equal length and is left as it was; ``mean`` is one
+        of fp32 (fp64 for fp64).
         """
         world_size = self.world_size
         shards = flat
@@ -115,10 +114,10 @@ class Communicator:
             with self._says("reduce-scattering gradients"):
                 dist.all_to_all_single(shards, flat, group=self.process_group)
         first, *others = _shards(shards, world_size)
-        total = first.to(state_dtype(flat.dtype), copy=True)
+        mean.copy_(first)
         for other in others:
-            total += other
-        return total.div_(world_size)
+            mean += other
+        mean.div_(world_size)
 
     def all_gather(self, flats: Sequence[Tensor]) -> None:
         """In each of ``flats``, fill every rank's shard from its owner; all are under way at once.

@@ -17,6 +17,7 @@ from torch import Tensor
 from shardadam.agreement import Point, digest, meet
 from shardadam.buffers import FlatBucket, describe
 from shardadam.collectives import Communicator
+from shardadam.kernels.run import state_dtype
 from shardadam.layout import Piece
 
 
@@ -32,6 +33,16 @@ class BucketGrads:
         self.present = [False] * len(bucket.params)
         self.shard: Tensor | None = None
         self.arrived = 0
+        self._memory: Tensor | None = None
+
+    def shard_memory(self) -> Tensor:
+        """Memory for `shard`. Kept: fresh shards between freed gradients fragment the heap."""
+        if self._memory is None:
+            bucket = self.bucket
+            self._memory = bucket.shard.new_empty(
+                bucket.bucket.shard_numel, dtype=state_dtype(bucket.dtype)
+            )
+        return self._memory
 
     def local(self) -> list[Tensor | None]:
         """``param.grad`` of every span."""
@@ -125,12 +136,11 @@ class GradReducer:
         return 0
 
     def versions(self) -> list[tuple[int, int] | None]:
-        """Where every ``param.grad`` is and how often it was written."""
-        return [
-            None if grad is None else (grad.data_ptr(), grad._version)
-            for grads in self.grads
-            for grad in grads.local()
-        ]
+        """Where the gradient of every param is, and how often it was written."""
+        gradients = (
+            grads.shard if self.eager else grad for grads in self.grads for grad in grads.local()
+        )
+        return [None if grad is None else (grad.data_ptr(), grad._version) for grad in gradients]
 
     def changed_since(self, versions: list[tuple[int, int] | None]) -> str | None:
         """The name of the first param whose gradient is not what it was at `versions`."""
@@ -221,11 +231,16 @@ class GradReducer:
         bucket.pack(local, packed)
         if rescale != 1.0:
             packed.mul_(rescale)
-        mean = self._communicator.reduce_scatter_mean(packed)
+        memory = grads.shard_memory()
+        if grads.shard is None or not self.eager:
+            self._communicator.reduce_scatter_mean(packed, memory)
+            grads.shard = memory
+        else:  # another backward pass of the same step
+            more = self._communicator.buffer("mean", memory.numel(), memory.dtype)
+            self._communicator.reduce_scatter_mean(packed, more)
+            grads.shard += more
         if not self.eager:
-            grads.shard = mean
             return
-        grads.shard = mean if grads.shard is None else grads.shard.add_(mean)
         for index, (param, grad) in enumerate(zip(bucket.params, local, strict=True)):
             if grad is not None:
                 grads.present[index] = True

@@ -226,8 +226,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: the norm is not finite, with ``error_if_nonfinite``.
         """
-        seen = self._meet(Point.CLIP)
         self._clipped = None
+        seen = self._meet(Point.CLIP)
         self._reduce(seen)
         norm = self._measure_norm(1.0)
         assert self.grad_norm is not None

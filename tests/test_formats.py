@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import BEST_ISA
 from torch import Tensor
 
+from conftest import BEST_ISA
 from shardadam.kernels import Coefficients, Run, reference
 
 BF16, FP16 = torch.bfloat16, torch.float16

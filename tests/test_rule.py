@@ -1,4 +1,4 @@
-"""The accuracy of one step, against the textbook's formulas in float64; and 100 steps beside torch."""
+"""The accuracy of one step against the textbook in float64; and 100 steps beside torch."""
 
 import pytest
 import torch

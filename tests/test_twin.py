@@ -1,4 +1,4 @@
-"""The compiled twin gives the reference's bits: every format, variant, instruction set and length."""
+"""The compiled twin gives the reference's bits: every format, variant, instruction set, length."""
 
 import itertools
 
@@ -140,6 +140,6 @@ def test_an_unknown_combination_changes_nothing(twin):
     good = make_run((FP32, None, FP32), 10, False, shared)
     bad = make_run((FP32, None, FP64), 10, False, shared)
     before = copy(good)
-    with pytest.raises(ValueError, match="no kernel for torch.float32 params with no master and"):
+    with pytest.raises(ValueError, match=r"no kernel for torch\.float32 params with no master and"):
         twin.update([good, bad])
     assert_same_bits(good, before)
