@@ -93,7 +93,12 @@ def meet(
             raise error
         return {name: Range(word, word) for name, word in words.items()}
     padding = [0] * (_WORDS - len(words))
-    low, high = communicator.agree([point, error is not None, *words.values(), *padding])
+    try:
+        low, high = communicator.agree([point, error is not None, *words.values(), *padding])
+    except RuntimeError as lost:
+        if error is not None:
+            raise error from lost
+        raise
     if low[0] != high[0]:
         points = communicator.exchange(_NAMES[point])
         places = ", ".join(f"rank {rank} is in {place}" for rank, place in enumerate(points))

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from models import loss_of, mlp, same, train, values
-from ranks import run_ranks
 
 import shardadam
+from models import loss_of, mlp, same, train, values
+from ranks import run_ranks
 
 
 def test_equals_torch_on_one_process():

@@ -4,10 +4,10 @@ import warnings
 
 import pytest
 import torch
-from models import loss_of, mlp, same, train, values
-from ranks import run_ranks
 
 import shardadam
+from models import loss_of, mlp, same, train, values
+from ranks import run_ranks
 
 INF = float("inf")
 

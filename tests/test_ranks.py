@@ -1,15 +1,15 @@
-"""Several ranks: the mean of their gradients, one result on all, the same bits at every world size."""
+"""Several ranks: the mean of their gradients, the same bits on all and at every world size."""
 
 import itertools
 
 import pytest
 import torch
 import torch.distributed as dist
-from models import loss_of, mlp, same, train, values
-from ranks import run_ranks
 from torch import nn
 
 import shardadam
+from models import loss_of, mlp, same, train, values
+from ranks import run_ranks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CONFIGS = [

@@ -6,12 +6,12 @@ import resource
 
 import pytest
 import torch
-from models import loss_of, mlp, same, train, values
-from ranks import run_ranks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import shardadam
+from models import loss_of, mlp, same, train, values
+from ranks import run_ranks
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 

@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from models import loss_of, mlp, same, train, values
-from ranks import run_ranks
 
 import shardadam
+from models import loss_of, mlp, same, train, values
+from ranks import run_ranks
 
 KINDS = [
     ("AdamW", torch.float32, {}),

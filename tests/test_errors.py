@@ -1,0 +1,231 @@
+"""Bad input: a clear error on every rank, that names the culprit, with nothing changed."""
+
+import os
+import re
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import shardadam
+from models import loss_of, mlp, same, train, values
+from ranks import run_ranks
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": -1.0},
+        {"eps": -1.0},
+        {"betas": (1.0, 0.9)},
+        {"betas": (0.9, -0.1)},
+        {"weight_decay": -0.1},
+        {"lr": torch.tensor([1.0, 2.0])},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "NAdam"])
+def test_hyperparameters_are_refused_in_torchs_words(kind, options):
+    with pytest.raises(ValueError) as theirs:
+        getattr(torch.optim, kind)(mlp().parameters(), **options)
+    with pytest.raises(ValueError, match=re.escape(str(theirs.value))):
+        getattr(shardadam, kind)(mlp().parameters(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grad_sync": "sum"}, "Invalid grad_sync: 'sum', expected 'mean' or 'none'"),
+        ({"master": "fp16"}, "Invalid master: 'fp16', expected 'auto' or 'split' or 'fp32'"),
+        ({"max_grad_norm": 0.0}, "Invalid max_grad_norm: 0.0"),
+        ({"bucket_bytes": 0}, "Invalid bucket_bytes: 0"),
+        ({"shard_grads": True, "grad_sync": "none"}, "expected one of the two"),
+        ({"differentiable": True}, "differentiable=True is not supported"),
+    ],
+)
+def test_our_own_arguments(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        shardadam.AdamW(mlp().parameters(), **options)
+
+
+@pytest.mark.parametrize(
+    ("params", "options", "message"),
+    [
+        ([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, device="meta"))], {},
+         "all params must be on one device: param 0 of group 0 is on cpu, param 1 of group 0 on"),
+        ([nn.Parameter(torch.ones(3, device="meta"))], {}, "materialize the model first"),
+        ([nn.Parameter(torch.ones(3, dtype=torch.float16))], {"master": "split"},
+         "param 0 of group 0 is float16"),
+        ([nn.Parameter(torch.ones(3).to(torch.float8_e5m2))], {},
+         "param 0 of group 0: expected a dense float32"),
+    ],
+)  # fmt: skip
+def test_params_that_cannot_be_optimized(params, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        shardadam.AdamW(params, **options)
+
+
+def test_params_that_no_longer_are_views():
+    for replace in (
+        lambda model: model.double(),
+        lambda model: setattr(model[0].weight, "data", model[0].weight.data.clone()),
+    ):
+        model = mlp()
+        optimizer = shardadam.AdamW(model.named_parameters())
+        loss_of(model, 0).backward()
+        replace(model)
+        state = [t.clone() for entry in optimizer.state.values() for t in entry.values()]
+        with pytest.raises(ValueError, match=r"\d\.\w+ no longer is the memory that the optimizer"):
+            optimizer.step()
+        after = [t for entry in optimizer.state.values() for t in entry.values()]
+        assert same(state, after)
+
+
+def test_sparse_gradients():
+    embedding = nn.Embedding(10, 4, sparse=True)
+    optimizer = shardadam.Adam(embedding.named_parameters())
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="weight: Adam does not support sparse gradients"):
+        optimizer.step()
+
+
+def construct(rank: int, difference: str) -> None:
+    """What one rank does otherwise, at construction."""
+    params = list(mlp().named_parameters())
+    options = {"lr": 0.01}
+    if difference == "the order of names" and rank == 1:
+        params[0], params[2] = params[2], params[0]
+    if difference == "the order":
+        params = [param for _, param in params] + [nn.Parameter(torch.rand(90)) for _ in range(2)]
+        if rank == 1:
+            params[-1], params[-2] = params[-2], params[-1]
+    if difference == "a dtype" and rank == 1:
+        params[4] = ("4.weight", nn.Parameter(torch.ones(5, 65, dtype=torch.float64)))
+    if difference == "lr" and rank == 1:
+        options["lr"] = 0.1
+    if difference == "one more" and rank == 0:
+        params.append(("extra", nn.Parameter(torch.ones(3))))
+    if difference == "an invalid param" and rank == 1:
+        params[0] = ("0.weight", nn.Parameter(torch.ones(90, 30, device="meta")))
+        params[1:] = [(name, param.to("meta")) for name, param in params[1:]]
+    shardadam.AdamW(params, **options)
+
+
+CONSTRUCTION = {
+    "the order of names": "rank 0 has 0.weight .* rank 1 has 2.weight",
+    "the order": "stand in another order on another rank: rank 0 has param 7 .* rank 1 has param 7",
+    "a dtype": r"rank 0 has 4.weight \(5, 65\) float32 .* rank 1 has 4.weight \(5, 65\) float64",
+    "lr": "rank 0 has lr=0.01 in group 0, rank 1 has lr=0.1 in group 0",
+    "one more": r"rank 0 has extra \(3,\) .* rank 1 has lr=0.01",
+}
+
+
+def fails(rank: int, function, *args) -> str:
+    """The rank's error, which comes at once: a rank that waits would do so for minutes."""
+    start = time.monotonic()
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        function(rank, *args)
+    assert time.monotonic() - start < 10
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("difference", CONSTRUCTION)
+def test_layouts_that_differ_between_ranks(difference):
+    for message in run_ranks(2, fails, construct, difference, timeout_s=30):
+        assert re.search(CONSTRUCTION[difference], message, re.DOTALL), message
+
+
+def step(rank: int, fault: str) -> None:
+    """A good step, then one in which one rank does something else; nothing may change by it."""
+    model = mlp()
+    sharded = fault in ("backward", "an extra backward")
+    optimizer = shardadam.AdamW(model.named_parameters(), shard_grads=sharded)
+    train(model, optimizer, range(rank, rank + 1))
+    before = values(model)
+    culprit = rank == 1
+    try:
+        if not (fault == "backward" and culprit):
+            loss_of(model, rank).backward()
+        if fault == "lr" and culprit:
+            optimizer.param_groups[0]["lr"] = 0.5
+        if fault == "sparse" and culprit:
+            model[0].weight.grad = model[0].weight.grad.to_sparse()
+        if fault == "stale" and culprit:
+            model[2].bias.data = model[2].bias.data.clone()
+        if fault == "clip" and culprit:
+            optimizer.clip_grad_norm_(1.0)
+        if fault == "an extra backward" and culprit:
+            loss_of(model, rank).backward()
+        if fault == "unfrozen" and culprit:
+            model.register_parameter("late", nn.Parameter(torch.ones(3)))
+            optimizer.param_groups[0]["params"].append(model.late)
+            optimizer.param_groups[0]["param_names"].append("late")
+        optimizer.step()
+    finally:
+        assert same(before, values(model)[-6:])
+
+
+STEP = {
+    "lr": "hyperparameters differ between ranks: rank 0 has lr=0.001 .* rank 1 has lr=0.5",
+    "sparse": "0.weight: Adam does not support sparse gradients",
+    "stale": "2.bias no longer is the memory",
+    "clip": r"rank 0 is in step\(\), rank 1 is in clip_grad_norm_\(\)",
+    "backward": r"rank 0 is in backward\(\), rank 1 is in step\(\)",
+    "an extra backward": r"rank 0 is in step\(\), rank 1 is in backward\(\)",
+    "unfrozen": "rank 1 has late",
+}
+
+
+@pytest.mark.parametrize("fault", STEP)
+def test_a_fault_on_one_rank_is_an_error_on_all(fault):
+    for message in run_ranks(2, fails, step, fault, timeout_s=30):
+        assert re.search(STEP[fault], message, re.DOTALL), message
+
+
+def lose_a_peer(rank: int, when: str) -> str:
+    """Rank 1 dies; the message of rank 0's error, and of its next step."""
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    loss_of(model, 1).backward()
+    if rank == 1:
+        if when == "before the step":
+            os._exit(0)
+        # In the step, when everybody has agreed and reduced: in the kernel's place.
+        optimizer._update = lambda factor: os._exit(0)
+    with pytest.raises(RuntimeError) as first:
+        optimizer.step()
+    with pytest.raises(RuntimeError) as second:
+        optimizer.step()
+    return f"{first.value}\n{second.value}"
+
+
+@pytest.mark.filterwarnings("ignore:gradients are equal")
+def test_a_peer_that_dies():
+    for when, doing in (
+        ("before the step", "failed while agreeing on what comes next over gloo"),
+        ("in the step", "failed while all-gathering params over gloo"),
+    ):
+        with pytest.raises(AssertionError) as caught:  # rank 1 answers nothing
+            run_ranks(2, report_then_leave, lose_a_peer, when, timeout_s=30)
+        message = str(caught.value)
+        assert doing in message
+        broken = "an earlier step() was broken off by RuntimeError"
+        assert (broken in message) == (when == "in the step")
+
+
+def report_then_leave(rank: int, function, *args) -> None:
+    """Fail with what the function returned: the other rank's end hides a mere result."""
+    raise AssertionError(function(rank, *args))
+
+
+def test_an_exception_in_the_kernel_breaks_the_optimizer():
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters())
+    loss_of(model, 0).backward()
+    optimizer.param_groups[0]["eps"] = "small"  # nobody checks what a user writes into a group
+    with pytest.raises(TypeError):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="was broken off by TypeError"):
+        optimizer.step()
