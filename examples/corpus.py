@@ -32,7 +32,7 @@ class Corpus:
     def batch(
         self, seed: int, step: int, rank: int, size: int, context: int
     ) -> tuple[Tensor, Tensor]:
-        """Inputs and targets [size, context]: a pure function of the arguments, so resuming is exact."""
+        """Inputs and targets [size, context]; a pure function, so that resuming is exact."""
         draw = random.Random(f"{seed}/{step}/{rank}")
         starts = [draw.randrange(len(self.train) - context) for _ in range(size)]
         rows = torch.stack([self.train[start : start + context + 1] for start in starts]).long()

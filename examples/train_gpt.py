@@ -249,7 +249,8 @@ def report(
     baseline = Zlib(8 * compressed / len(corpus.held_out), time.perf_counter() - started)
     params = sum(param.numel() for param in model.parameters())
     ranks = "1 rank" if world_size() == 1 else f"{world_size()} ranks"
-    title = f"{params / 1e6:.1f} M params on {ranks}, {args.steps} steps of {args.batch_size} × {args.context} bytes per rank"
+    batch = f"{args.batch_size} × {args.context} bytes per rank"
+    title = f"{params / 1e6:.1f} M params on {ranks}, {args.steps} steps of {batch}"
     print_table(console, title, runs, baseline)
     figure = args.out / "loss.png"
     draw(figure, title, runs, baseline)
