@@ -3,14 +3,15 @@
 `Communicator` is bound to one process group; a world of one needs no process group and sends
 nothing. Algorithms are chosen by backend, from measurements (docs/performance.md):
 
-* gloo has no reduce-scatter of its own (it all-reduces) and stages its all-gather through
-  temporaries: an all-to-all and a local sum are twice as fast, per-shard broadcasts in place four
-  times.
-* NCCL gathers in place.
+* gloo's reduce-scatter is an all-reduce, and its all-gather stages through temporaries: an
+  all-to-all with a local sum, and broadcasts of the shards in place, are three times as fast.
+* NCCL gathers in place; it has not been run yet.
 
 Gradients are summed in fp32 (fp64 for fp64) in the order of the ranks, so a sum is the same on
 every run, and divided by the world size after: a multiplication by a rounded 1/W is not exact.
 """
+
+from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -127,12 +128,14 @@ class Communicator:
         if self.world_size == 1:
             return
         works = []
+        # Renamed in torch 2.13.
+        all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         with self._says("all-gathering params"):
             for flat in filter(torch.Tensor.numel, flats):
                 shards = _shards(flat, self.world_size)
                 if self.backend == "nccl":
                     works.append(
-                        dist.all_gather_into_tensor(
+                        all_gather_single(
                             flat, shards[self.rank], group=self.process_group, async_op=True
                         )
                     )

@@ -1,5 +1,7 @@
 """The arguments that torch.optim does not have, checked once."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,7 +38,7 @@ class Options:
         if self.bucket_bytes <= 0:
             raise ValueError(f"Invalid bucket_bytes: {self.bucket_bytes}, expected more than 0")
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Options":
+    def __deepcopy__(self, memo: dict[int, Any]) -> Options:
         """Shared by copies: a process group can't be copied, and need not be."""
         return self
 
