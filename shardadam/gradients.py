@@ -25,7 +25,8 @@ class BucketGrads:
     """The gradients of one bucket.
 
     ``present``: for each span, whether any rank has a gradient (after the reduction). ``shard``:
-    this rank's shard of the mean, or None where ``param.grad`` is read in place.
+    this rank's shard of the mean, or None where ``param.grad`` is read in place. ``arrived`` of
+    ``hooked`` params have got their gradient in the backward pass under way.
     """
 
     def __init__(self, bucket: FlatBucket) -> None:
@@ -33,6 +34,7 @@ class BucketGrads:
         self.present = [False] * len(bucket.params)
         self.shard: Tensor | None = None
         self.arrived = 0
+        self.hooked = 0
         self._memory: Tensor | None = None
 
     def shard_memory(self) -> Tensor:
@@ -87,10 +89,12 @@ class GradReducer:
         this = weakref.ref(self)
         for bucket in buckets:
             index = len(self.grads)
-            self.grads.append(BucketGrads(bucket))
+            grads = BucketGrads(bucket)
+            self.grads.append(grads)
             if self.eager:
                 for param in bucket.params:
                     if param.requires_grad:
+                        grads.hooked += 1
                         hook = functools.partial(_arrived, this, index)
                         param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
@@ -115,7 +119,7 @@ class GradReducer:
     def presence(self) -> list[bool]:
         """Per span of every bucket in order: is there a gradient, here or already reduced?"""
         return [
-            present or grad is not None
+            (self.eager and present) or grad is not None
             for grads in self.grads
             for present, grad in zip(grads.present, grads.local(), strict=True)
         ]
@@ -198,11 +202,10 @@ class GradReducer:
         self.grads[index].arrived += 1
         # The buckets' order is the layout's, whatever the order in which they fill: every rank
         # must reduce the same bucket at the same time.
-        while self._launched < len(self.grads) and self._is_full(self.grads[self._launched]):
+        while self._launched < len(self.grads):
+            if self.grads[self._launched].arrived < self.grads[self._launched].hooked:
+                break
             self._launch()
-
-    def _is_full(self, grads: BucketGrads) -> bool:
-        return grads.arrived == sum(param.requires_grad for param in grads.bucket.params)
 
     def _launch(self) -> None:
         self._reduce_bucket(self.grads[self._launched])

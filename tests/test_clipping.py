@@ -121,3 +121,14 @@ def shards_that_change(rank: int) -> None:
 
 def test_sharded_gradients_that_change_after_clipping_are_an_error():
     run_ranks(2, shards_that_change)
+
+
+def test_clipping_twice_looks_anew():
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters())
+    loss_of(model, 0).backward()
+    first = optimizer.clip_grad_norm_(1.0)
+    model[0].weight.grad = None
+    assert optimizer.clip_grad_norm_(1.0) < first
+    optimizer.step()
+    assert optimizer.state[model[0].weight]["step"] == 0
