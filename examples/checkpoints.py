@@ -36,6 +36,13 @@ def save(directory: Path, step: int, shared: dict[str, Any], optimizer: dict[str
     _barrier()
 
 
+def clear(directory: Path) -> None:
+    """Forget an earlier training. Every rank calls it."""
+    if _rank() == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+    _barrier()
+
+
 def load_latest(directory: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """What `save` was given last, on this rank; None where there is no checkpoint."""
     found = sorted(directory.glob(f"{_PREFIX}*"))

@@ -3,7 +3,7 @@
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 LINES = 10
@@ -18,11 +18,13 @@ class StepProgress:
         self._name = name
         self._steps = steps
         self._bar = Progress(
-            TextColumn(f"[bold {color}]{name:18}"),
+            TextColumn(f"[bold {color}]{name:17}"),
             BarColumn(bar_width=None, complete_style=color, finished_style=color),
-            MofNCompleteColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(compact=True),
+            # Room for the terminal's own ^C, which would wrap the line.
+            TextColumn(" "),
             console=console,
             expand=True,
             disable=not console.is_terminal or console.quiet,
@@ -44,10 +46,10 @@ class StepProgress:
     def update(self, step: int, loss: float, tokens_per_second: float, state_bytes: int) -> None:
         """``step`` steps are done; ``loss`` in bits per byte, ``state_bytes`` of this rank."""
         state = megabytes(state_bytes)
-        numbers = f"{loss:.3f} bits/byte · {tokens_per_second:,.0f} tokens/s · state {state}"
+        numbers = f"loss {loss:.3f} · {tokens_per_second / 1000:.1f}k tok/s · state {state}"
         self._bar.update(self._task, completed=step, numbers=numbers)
         if self._bar.disable and step * LINES // self._steps > (step - 1) * LINES // self._steps:
-            line = f"{self._name:18} {step:>5}/{self._steps} · {numbers}"
+            line = f"{self._name:17} {step:>5}/{self._steps} · {numbers}"
             self._console.print(Text(line), soft_wrap=True)
 
 

@@ -123,7 +123,7 @@ def draw(path: Path, title: str, runs: Sequence[Run], zlib: Zlib) -> None:
         panel.axhline(0, color=GRAY, linewidth=0.8)
         panel.plot(_steps(difference), difference, color=BLUE, alpha=0.25, linewidth=0.6)
         panel.plot(_steps(difference), _smooth(difference), color=BLUE, linewidth=1.4)
-        panel.set_ylabel("difference")
+        panel.set_ylabel("shardadam − torch")
     rows[-1, 0].set_xlabel("step")
     rows[-1, 0].set_xlim(0, len(bits[0]))
     for axes in rows.flat:
@@ -139,11 +139,7 @@ def _steps(values: Sequence[float]) -> range:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Exponential moving average over about a fiftieth of the steps, corrected at the start."""
-    decay = 1 - 1 / max(len(values) / 50, 1)
-    average, weight, smoothed = 0.0, 0.0, []
-    for value in values:
-        average = decay * average + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        smoothed.append(average / weight)
-    return smoothed
+    """Mean over about a fiftieth of the steps, around each step, so that it doesn't lag behind."""
+    reach = len(values) // 100
+    windows = (values[max(i - reach, 0) : i + reach + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]

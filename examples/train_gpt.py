@@ -55,7 +55,7 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     model = parser.add_argument_group("model and training")
-    model.add_argument("--steps", type=int, default=1400, help="optimizer steps")
+    model.add_argument("--steps", type=int, default=1000, help="optimizer steps")
     model.add_argument("--batch-size", type=int, default=8, help="sequences per rank and step")
     model.add_argument("--context", type=int, default=128, help="bytes per sequence")
     model.add_argument("--layers", type=int, default=2, help="transformer blocks")
@@ -90,6 +90,9 @@ def main() -> None:
         dist.init_process_group("gloo")
     console = Console(quiet=rank() != 0, highlight=False)
     corpus = from_files(args.data) if args.data else standard_library()
+    if not args.resume:
+        for name in (OURS, THEIRS):
+            checkpoints.clear(args.out / "checkpoints" / name)
     runs = []
     for name in (OURS,) if args.skip_baseline else (OURS, THEIRS):
         torch.manual_seed(args.seed)
@@ -241,7 +244,7 @@ def report(
     console: Console, args: argparse.Namespace, corpus: Corpus, model: GPT, runs: list[Run]
 ) -> None:
     """Rank 0 says how it went."""
-    prompt = b"def "
+    prompt = b"def __init__(self"
     with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
         print_sample(console, prompt, model.generate(prompt, 500, temperature=0.6, seed=args.seed))
     started = time.perf_counter()

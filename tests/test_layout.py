@@ -2,37 +2,42 @@
 
 import time
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardadam.layout import ALIGNMENT, Bucket, Entry, plan_buckets
 
-NUMELS = st.lists(
-    st.one_of(st.integers(0, 3), st.integers(100, 300), st.integers(0, 20_000)), max_size=30
-)
+NUMEL = st.one_of(st.integers(0, 3), st.integers(100, 300), st.integers(0, 20_000))
+# A param and its group; groups come in any order, as params that are added late do.
+PARAMS = st.lists(st.tuples(NUMEL, st.integers(0, 3)), max_size=30)
+WORLD_SIZE, BUCKET_NUMEL = st.integers(1, 64), st.integers(1, 50_000)
 
 
-def entries(numels: list[int], groups: int = 1) -> list[Entry]:
-    return [
-        Entry(index, index * groups // len(numels), numel) for index, numel in enumerate(numels)
-    ]
+def entries(params: list[tuple[int, int]]) -> list[Entry]:
+    return [Entry(index, group, numel) for index, (numel, group) in enumerate(params)]
 
 
-@given(NUMELS, st.integers(1, 64), st.integers(1, 50_000), st.integers(1, 4))
-def test_every_element_is_owned_exactly_once(numels, world_size, bucket_numel, groups):
-    buckets = plan_buckets(entries(numels, groups), bucket_numel, world_size)
-    owned = {index: [] for index in range(len(numels))}
+def padded(entry: Entry) -> int:
+    return -(-entry.numel // ALIGNMENT) * ALIGNMENT
+
+
+@settings(max_examples=400)
+@given(PARAMS, WORLD_SIZE, BUCKET_NUMEL)
+def test_every_element_is_owned_exactly_once(params, world_size, bucket_numel):
+    buckets = plan_buckets(entries(params), bucket_numel, world_size)
+    owned = {index: [] for index in range(len(params))}
     for bucket in buckets:
         for rank in range(world_size):
             for piece in bucket.pieces(rank):
                 span = bucket.spans[piece.span]
+                # An empty piece too is a valid slice of the shard.
+                assert 0 <= piece.shard_offset <= bucket.shard_numel - piece.numel
                 if piece.numel:
                     owned[span.param].append((piece.param_offset, piece.numel))
                     # The piece lies in the shard where the span lies in the bucket.
                     start = rank * bucket.shard_numel + piece.shard_offset
                     assert start == span.offset + piece.param_offset
-                    assert piece.shard_offset + piece.numel <= bucket.shard_numel
-    for index, numel in enumerate(numels):
+    for index, (numel, _) in enumerate(params):
         position = 0
         for offset, count in sorted(owned[index]):
             assert offset == position
@@ -42,11 +47,13 @@ def test_every_element_is_owned_exactly_once(numels, world_size, bucket_numel, g
         assert position == numel
 
 
-@given(NUMELS, st.integers(1, 64), st.integers(1, 50_000), st.integers(1, 4))
-def test_spans_and_shards_are_aligned_packed_and_balanced(numels, world_size, bucket_numel, groups):
-    buckets = plan_buckets(entries(numels, groups), bucket_numel, world_size)
-    seen = []
+@settings(max_examples=400)
+@given(PARAMS, WORLD_SIZE, BUCKET_NUMEL)
+def test_spans_and_shards_are_aligned_packed_and_balanced(params, world_size, bucket_numel):
+    waiting = entries(params)
+    buckets = plan_buckets(waiting, bucket_numel, world_size)
     for bucket in buckets:
+        assert bucket.world_size == world_size
         assert bucket.shard_numel % ALIGNMENT == 0
         end = 0
         for span in bucket.spans:
@@ -54,23 +61,34 @@ def test_spans_and_shards_are_aligned_packed_and_balanced(numels, world_size, bu
             end = span.offset + span.numel
         assert end <= bucket.numel
         assert bucket.padding < ALIGNMENT * (world_size + len(bucket.spans))
-        assert [span.group for span in bucket.spans] == sorted(span.group for span in bucket.spans)
-        filled = sum(-(-span.numel // ALIGNMENT) * ALIGNMENT for span in bucket.spans)
-        assert filled <= bucket_numel or len(bucket.spans) == 1 or filled == 0
-        seen.append(sorted((span.param for span in bucket.spans), reverse=True))
-    # Last registered first.
-    assert [param for bucket in seen for param in bucket] == list(range(len(numels)))[::-1]
+        # Last registered first: from bucket to bucket, and in each group inside one.
+        waiting, taken = waiting[: -len(bucket.spans)], waiting[-len(bucket.spans) :]
+        taken.sort(key=lambda entry: (entry.group, -entry.param))
+        assert [Entry(span.param, span.group, span.numel) for span in bucket.spans] == taken
+        # Full, and no fuller: what comes next would not have fitted.
+        filled = sum(map(padded, taken))
+        assert filled <= bucket_numel or len(taken) == 1
+        assert not waiting or filled + padded(waiting[-1]) > bucket_numel
+    assert not waiting
+
+
+@settings(max_examples=400)
+@given(PARAMS, WORLD_SIZE, BUCKET_NUMEL)
+def test_where_params_lie_does_not_depend_on_the_world_size(params, world_size, bucket_numel):
+    planned = plan_buckets(entries(params), bucket_numel, world_size)
+    alone = plan_buckets(entries(params), bucket_numel, 1)
+    assert [bucket.spans for bucket in planned] == [bucket.spans for bucket in alone]
 
 
 def test_empty_shards():
-    (bucket,) = plan_buckets(entries([5]), 1 << 20, 64)
+    (bucket,) = plan_buckets(entries([(5, 0)]), 1 << 20, 64)
     numels = [sum(piece.numel for piece in bucket.pieces(rank)) for rank in range(64)]
     assert numels == [5] + [0] * 63
 
 
 def test_more_than_2_to_the_31_elements():
     huge = 3 * 2**32 + 1
-    buckets = plan_buckets(entries([7, huge, 7]), 1 << 23, 8)
+    buckets = plan_buckets(entries([(7, 0), (huge, 0), (7, 0)]), 1 << 23, 8)
     bucket = next(bucket for bucket in buckets if bucket.spans[0].numel == huge)
     assert sum(piece.numel for rank in range(8) for piece in bucket.pieces(rank)) == huge
     (last,) = bucket.pieces(7)
@@ -78,13 +96,14 @@ def test_more_than_2_to_the_31_elements():
 
 
 def test_a_hundred_thousand_tiny_params():
+    tiny = entries([(1, 0)] * 100_000)
     start = time.process_time()
-    buckets = plan_buckets(entries([1] * 100_000), 1 << 23, 8)
-    count = sum(
-        1 for bucket in buckets for rank in range(8) for piece in bucket.pieces(rank) if piece.numel
-    )
-    assert count == 100_000
-    assert time.process_time() - start < 10  # quadratic would be minutes
+    buckets = plan_buckets(tiny, 1 << 23, 8)
+    pieces = [piece for bucket in buckets for piece in bucket.pieces(3)]
+    assert time.process_time() - start < 2.0  # what one rank does; quadratic would be minutes
+    # Two buckets, of 65,536 params and the rest, of each of which a rank owns an eighth.
+    assert len(pieces) == 100_000
+    assert sum(piece.numel for piece in pieces) == 65_536 // 8 + 34_464 // 8
 
 
 def test_the_picture_in_the_module():

@@ -16,14 +16,15 @@ FORMATS = [
     *((BF16, FP32, grad) for grad in (FP32, BF16, FP16)),
     *((FP16, FP32, grad) for grad in (FP32, BF16, FP16)),
 ]
-VARIANTS = list(itertools.product((False, True), (False, True), (0.0, 0.1)))
+# AMSGrad or not, Nesterov momentum or not, weight decay by L2 or decoupled.
+VARIANTS = list(itertools.product((False, True), repeat=3))
 SPECIAL = [
     *(0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-45, -1e-42, 1e-38, 3.4e38, -3e38),
     *(65504.0, 65520.0, 6e-8, 2e-8, 1.00390625, -1.01171875),  # fp16's limits, bf16 ties
 ]
 
 
-def coefficients(nesterov: bool, weight_decay: float) -> Coefficients:
+def coefficients(nesterov: bool, l2: bool) -> Coefficients:
     return Coefficients.fold(
         beta1=0.9,
         beta2=0.999,
@@ -32,9 +33,9 @@ def coefficients(nesterov: bool, weight_decay: float) -> Coefficients:
         exp_avg_rate=1e-2 / (1 - 0.9**3),
         grad_rate=1e-3 if nesterov else 0.0,
         lr=1e-2,
-        weight_decay=weight_decay,
-        decoupled=False,
-        grad_factor=-0.375,
+        weight_decay=0.1,
+        decoupled=not l2,
+        grad_factor=-0.37,
     )
 
 
@@ -88,31 +89,31 @@ def copy(run: Run) -> Run:
     return Run(*map(clone, tensors), run.coefficients)
 
 
+def bits(tensor: Tensor) -> Tensor:
+    """As integers, with one NaN for all."""
+    tensor = whole(tensor)
+    if not tensor.is_floating_point():
+        return tensor
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+    return torch.where(tensor.isnan(), torch.nan, tensor).view(integers)
+
+
 def assert_same_bits(found: Run, expected: Run) -> None:
     """Also outside the runs; a NaN equals a NaN."""
     for name in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "grad"):
         left, right = getattr(found, name), getattr(expected, name)
         if left is None:
             assert right is None
-            continue
-        left, right = whole(left), whole(right)
-        if left.is_floating_point():
-            assert torch.equal(left.isnan(), right.isnan()), name
-            left, right = left.nan_to_num(0.0, posinf=None), right.nan_to_num(0.0, posinf=None)
-            bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[left.itemsize]
-            left, right = left.view(bits), right.view(bits)
-        elif found.param.dtype == BF16:
-            number = ~whole(found.param).isnan()
-            left, right = left[number], right[number]
-        assert torch.equal(left, right), name
+        else:
+            assert torch.equal(bits(left), bits(right)), name
 
 
 @pytest.mark.parametrize("formats", FORMATS, ids=str)
 def test_equals_reference_for_every_length_and_start(formats, twin):
-    for amsgrad, nesterov, weight_decay in VARIANTS:
+    for amsgrad, nesterov, l2 in VARIANTS:
         if amsgrad and nesterov:
             continue  # there is no such optimizer
-        shared = coefficients(nesterov, weight_decay)
+        shared = coefficients(nesterov, l2)
         runs = [make_run(formats, numel, amsgrad, shared, start=numel % 5) for numel in range(301)]
         expected = [copy(run) for run in runs]
         for run in expected:
@@ -123,20 +124,38 @@ def test_equals_reference_for_every_length_and_start(formats, twin):
 
 
 @pytest.mark.parametrize("formats", FORMATS, ids=str)
-def test_threads_change_nothing(formats, twin):
-    run = make_run(formats, 200_003, False, coefficients(False, 0.0), start=3)
-    expected, threaded = copy(run), copy(run)
-    reference.update(expected)
-    twin.update([run])
+def test_threads_and_neighbours_change_nothing(formats, twin):
+    # Together enough for two threads; the cut, at half of them, lies in the middle of a run.
+    plain, nesterov = coefficients(False, False), coefficients(True, True)
+    runs = [
+        make_run(formats, numel, amsgrad, shared, start)
+        for numel, amsgrad, shared, start in (
+            (0, False, plain, 0),
+            (1, True, plain, 1),
+            (70_001, False, nesterov, 2),
+            (0, True, plain, 0),
+            (129, True, plain, 0),
+            (140_003, False, plain, 3),
+        )
+    ]
+    expected, threaded = [copy(run) for run in runs], [copy(run) for run in runs]
+    for run in expected:
+        reference.update(run)
+    twin.update(runs)
     torch.set_num_threads(2)
-    twin.update([threaded])
+    twin.update(threaded)
     torch.set_num_threads(1)
-    assert_same_bits(run, expected)
-    assert_same_bits(threaded, expected)
+    for run, other, oracle in zip(runs, threaded, expected, strict=True):
+        assert_same_bits(run, oracle)
+        assert_same_bits(other, oracle)
+
+
+def test_no_runs(twin):
+    twin.update([])
 
 
 def test_an_unknown_combination_changes_nothing(twin):
-    shared = coefficients(False, 0.0)
+    shared = coefficients(False, False)
     good = make_run((FP32, None, FP32), 10, False, shared)
     bad = make_run((FP32, None, FP64), 10, False, shared)
     before = copy(good)
