@@ -199,16 +199,16 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
         )
         self._shard(options)
 
-    def _advance(self, grads: BucketGrads) -> None:
-        super()._advance(grads)
-        steps, products = grads.bucket.scalars["step"], grads.bucket.scalars["mu_product"]
+    def _advanced(self, grads: BucketGrads) -> dict[str, Tensor]:
+        advanced = super()._advanced(grads)
         factors = [
             _momentum(self.param_groups[span.group], step) if present else 1.0
             for span, step, present in zip(
-                grads.bucket.bucket.spans, steps.tolist(), grads.present, strict=True
+                grads.bucket.bucket.spans, advanced["step"].tolist(), grads.present, strict=True
             )
         ]
-        products *= torch.tensor(factors, dtype=torch.float64)
+        products = grads.bucket.scalars["mu_product"]
+        return {**advanced, "mu_product": products * torch.tensor(factors, dtype=torch.float64)}
 
     def _coefficients(
         self, grad_factor: float, group: dict[str, Any], *scalars: float

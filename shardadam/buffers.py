@@ -80,12 +80,15 @@ class FlatBucket:
         self.state[name] = torch.zeros(self.bucket.shard_numel, dtype=dtype, device=self.device)
         self._runs.clear()
 
-    def stale(self) -> int | None:
-        """The first span whose param is no longer the view that was given to it, if any."""
+    def check_views(self) -> None:
+        """Raise ValueError, naming the param, if one no longer is the view that it was made."""
         for index, (param, address) in enumerate(zip(self.params, self._addresses, strict=True)):
             if param.data_ptr() != address or param.dtype != self.views[index].dtype:
-                return index
-        return None
+                raise ValueError(
+                    f"{self.names[index]} no longer is the memory that the optimizer updates; its "
+                    ".data was replaced after construction, by .to(), a wrapper, an assignment. "
+                    "Expected: move and wrap the model first, then the optimizer"
+                )
 
     def pack(self, grads: Sequence[Tensor | None], flat: Tensor) -> None:
         """Copy ``grads``, one per span, into ``flat``; what has no gradient is zero."""
@@ -111,6 +114,7 @@ class FlatBucket:
         1-D, or of any dense shape where the piece is all of the param.
         """
         view = self.views[piece.span]
+        tensor = tensor.resolve_conj().resolve_neg()  # the kernel reads memory
         if tensor.stride() != view.stride():
             tensor = torch.empty_like(view).copy_(tensor)
         if tensor.is_complex():

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from shardadam.collectives import Communicator
 from shardadam.gradients import GradReducer
 from shardadam.kernels import Backend, exact_sum
@@ -12,7 +14,7 @@ class Clipped:
     """What clip_grad_norm_() leaves for step(): a factor, and which gradients it was made for."""
 
     coefficient: float
-    versions: list[tuple[int, int] | None]
+    versions: list[tuple[Tensor, int] | None]
 
 
 def norm(reducer: GradReducer, backend: Backend, communicator: Communicator) -> float:

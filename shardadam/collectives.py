@@ -1,4 +1,4 @@
-"""The only caller of torch.distributed: the four things that sharded Adam says to its peers.
+"""The only caller of torch.distributed: what sharded Adam says to its peers.
 
 `Communicator` is bound to one process group; a world of one needs no process group and sends
 nothing. Algorithms are chosen by backend, from measurements (docs/performance.md):

@@ -26,7 +26,7 @@ class BucketGrads:
 
     ``present``: for each span, whether any rank has a gradient (after the reduction). ``shard``:
     this rank's shard of the mean, or None where ``param.grad`` is read in place. ``arrived`` of
-    ``hooked`` params have got their gradient in the backward pass under way.
+    ``expected`` params have got their gradient in the backward pass under way.
     """
 
     def __init__(self, bucket: FlatBucket) -> None:
@@ -34,7 +34,7 @@ class BucketGrads:
         self.present = [False] * len(bucket.params)
         self.shard: Tensor | None = None
         self.arrived = 0
-        self.hooked = 0
+        self.expected = 0
         self._memory: Tensor | None = None
 
     def shard_memory(self) -> Tensor:
@@ -89,12 +89,10 @@ class GradReducer:
         this = weakref.ref(self)
         for bucket in buckets:
             index = len(self.grads)
-            grads = BucketGrads(bucket)
-            self.grads.append(grads)
+            self.grads.append(BucketGrads(bucket))
             if self.eager:
                 for param in bucket.params:
                     if param.requires_grad:
-                        grads.hooked += 1
                         hook = functools.partial(_arrived, this, index)
                         param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
@@ -139,18 +137,21 @@ class GradReducer:
                     return digest(repr(total)) if total else 0
         return 0
 
-    def versions(self) -> list[tuple[int, int] | None]:
-        """Where the gradient of every param is, and how often it was written."""
+    def versions(self) -> list[tuple[Tensor, int] | None]:
+        """The gradient of every param, kept alive, and how often it has been written."""
         gradients = (
             grads.shard if self.eager else grad for grads in self.grads for grad in grads.local()
         )
-        return [None if grad is None else (grad.data_ptr(), grad._version) for grad in gradients]
+        return [None if grad is None else (grad, grad._version) for grad in gradients]
 
-    def changed_since(self, versions: list[tuple[int, int] | None]) -> str | None:
+    def changed_since(self, versions: list[tuple[Tensor, int] | None]) -> str | None:
         """The name of the first param whose gradient is not what it was at `versions`."""
         names = [name for grads in self.grads for name in grads.bucket.names]
         for name, before, now in zip(names, versions, self.versions(), strict=False):
-            if before != now:
+            if before is None or now is None:
+                if before is not now:
+                    return name
+            elif before[0] is not now[0] or before[1] != now[1]:
                 return name
         return None
 
@@ -197,13 +198,14 @@ class GradReducer:
             self._launched = 0
             for grads in self.grads:
                 grads.arrived = 0
+                grads.expected = sum(param.requires_grad for param in grads.bucket.params)
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
             meet(self._communicator, Point.BACKWARD)
         self.grads[index].arrived += 1
         # The buckets' order is the layout's, whatever the order in which they fill: every rank
         # must reduce the same bucket at the same time.
         while self._launched < len(self.grads):
-            if self.grads[self._launched].arrived < self.grads[self._launched].hooked:
+            if self.grads[self._launched].arrived < self.grads[self._launched].expected:
                 break
             self._launch()
 

@@ -69,8 +69,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Lay out the params that have no place yet: new ones, unfrozen ones. Collective."""
         assert self._places is not None
         candidates = placement.unplaced(self.param_groups, self._places)
+        settings = placement.hyperparameters(self.param_groups, self.defaults)
+        settings += [type(self).__name__, *self._options.lines()]
         buckets = placement.place(
-            candidates, self._hyperparameters(), self._scalars, self._communicator, self._options
+            candidates, settings, self._scalars, self._communicator, self._options
         )
         self._buckets += buckets
         self._reducer.add(buckets)
@@ -123,14 +125,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         seen = self._meet(Point.STEP)
         if not seen["found_inf"].high:
             self._reduce(seen)
-            factor = self._clip(seen)
+            runs, advanced = self._plan(self._clip(seen))
             with self._broken_by_errors():
-                updated = self._update(factor)
-                self._communicator.all_gather([bucket.flat for bucket in updated])
+                self._update(runs, advanced)
+                self._communicator.all_gather([bucket.flat for bucket in advanced])
         self._forget_grads()
         return loss
 
-    def _meet(self, point: Point) -> _Seen:
+    def _meet(self, point: Point, asked: str = "") -> _Seen:
         """Check this rank, then meet the others: nothing below fails for a reason foreseen here."""
         error: Exception | None = None
         try:
@@ -139,9 +141,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
             error = caught
         assert self._places is not None
         late = placement.unplaced(self.param_groups, self._places)
+        settings = [
+            *placement.hyperparameters(self.param_groups, self.defaults),
+            asked,
+            f"clipped={self._clipped is not None}",
+        ]
         words = {
             "late": digest("\n".join(map(str, late))) if late else 0,
-            "hyperparameters": digest("\n".join(self._hyperparameters())),
+            "hyperparameters": digest("\n".join(settings)),
             "present": digest(bytes(self._reducer.presence())),
             "unreduced": self._reducer.unreduced(),
             "scale": float_to_word(amp.grad_scale(self)),
@@ -150,11 +157,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         }
         seen = meet(self._communicator, point, words, error)
         if not seen["hyperparameters"].agreed:
-            difference = first_difference(self._communicator.exchange(self._hyperparameters()))
-            raise ValueError(f"hyperparameters differ between ranks: {difference}")
+            difference = first_difference(self._communicator.exchange(settings))
+            raise ValueError(f"ranks differ: {difference}")
         if seen["late"].high:
             self._place()
-            return self._meet(point)
+            return self._meet(point, asked)
         self._give_hint(seen)
         return seen
 
@@ -185,29 +192,36 @@ class ShardedOptimizer(torch.optim.Optimizer):
             return 1.0 / scale
         return clipping.coefficient(self._measure_norm(scale), max_norm) / scale
 
-    def _update(self, factor: float) -> list[FlatBucket]:
-        """Update this rank's shards; the buckets in which any param had a gradient."""
+    def _plan(self, factor: float) -> tuple[list[Run], dict[FlatBucket, dict[str, Tensor]]]:
+        """The runs to be updated, and the touched buckets' scalars after it; changes nothing."""
         runs: list[Run] = []
-        updated = []
+        advanced = {}
+        rule = functools.partial(self._coefficients, factor)
         for grads in self._reducer.grads:
             if any(grads.present):
                 if any(self.param_groups[group].get("amsgrad") for group in grads.bucket.groups):
                     self._ensure_state(grads.bucket, "max_exp_avg_sq")
-                self._advance(grads)
-                rule = functools.partial(self._coefficients, factor)
-                runs += bucket_runs(grads, self.param_groups, rule)
-                updated.append(grads.bucket)
-        self._backend.update(runs)
-        return updated
+                advanced[grads.bucket] = self._advanced(grads)
+                runs += bucket_runs(grads, advanced[grads.bucket], self.param_groups, rule)
+        return runs, advanced
 
-    def _advance(self, grads: BucketGrads) -> None:
-        """Count the step of every param that has a gradient."""
-        grads.bucket.scalars["step"] += torch.tensor(grads.present)
+    def _advanced(self, grads: BucketGrads) -> dict[str, Tensor]:
+        """A bucket's scalars after this step, which counts where there is a gradient."""
+        return {"step": grads.bucket.scalars["step"] + torch.tensor(grads.present)}
+
+    def _update(self, runs: list[Run], advanced: dict[FlatBucket, dict[str, Tensor]]) -> None:
+        """Update this rank's shards."""
+        for bucket, scalars in advanced.items():
+            for name, values in scalars.items():
+                bucket.scalars[name].copy_(values)
+        self._backend.update(runs)
+        for run in runs:
+            run.release()
 
     def _coefficients(
         self, grad_factor: float, group: dict[str, Any], *scalars: float
     ) -> Coefficients:
-        """The coefficients for a param of ``group`` whose `_scalars` now are ``scalars``."""
+        """The coefficients for a param of ``group`` whose `_scalars` will be ``scalars``."""
         raise NotImplementedError
 
     # ---- gradients ------------------------------------------------------------------------------
@@ -227,7 +241,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             RuntimeError: the norm is not finite, with ``error_if_nonfinite``.
         """
         self._clipped = None
-        seen = self._meet(Point.CLIP)
+        seen = self._meet(Point.CLIP, f"max_norm={max_norm}, {error_if_nonfinite=}")
         self._reduce(seen)
         norm = self._measure_norm(1.0)
         assert self.grad_norm is not None
@@ -273,13 +287,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 "ranks may not belong together. Load a checkpoint into a new optimizer"
             )
         for bucket in self._buckets:
-            index = bucket.stale()
-            if index is not None:
-                raise ValueError(
-                    f"{bucket.names[index]} no longer is the memory that the optimizer updates; "
-                    "its .data was replaced after construction, by .to(), a wrapper, an "
-                    "assignment. Expected: move and wrap the model first, then the optimizer"
-                )
+            bucket.check_views()
         self._reducer.check()
         if self._clipped is not None:
             name = self._reducer.changed_since(self._clipped.versions)
@@ -289,9 +297,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     "expected clip_grad_norm_() after the last backward pass"
                 )
         amp.check(self)
-
-    def _hyperparameters(self) -> list[str]:
-        return placement.hyperparameters(self.param_groups, self.defaults)
 
     def _give_hint(self, seen: _Seen) -> None:
         if self._hint and seen["gradients"].agreed and seen["gradients"].high:

@@ -38,6 +38,11 @@ class Options:
         if self.bucket_bytes <= 0:
             raise ValueError(f"Invalid bucket_bytes: {self.bucket_bytes}, expected more than 0")
 
+    def lines(self) -> list[str]:
+        """What must be equal on every rank, a line each."""
+        names = ("grad_sync", "shard_grads", "max_grad_norm", "master", "bucket_bytes")
+        return [f"{name}={getattr(self, name)!r}" for name in names]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Options:
         """Shared by copies: a process group can't be copied, and need not be."""
         return self

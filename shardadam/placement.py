@@ -98,7 +98,7 @@ def _plain(value: object) -> object:
 @torch.no_grad()
 def place(
     candidates: Sequence[Candidate],
-    hyperparameters: Sequence[str],
+    settings: Sequence[str],
     scalars: dict[str, float],
     communicator: Communicator,
     options: Options,
@@ -109,7 +109,7 @@ def place(
 
     Args:
         candidates: what to lay out; the same on every rank.
-        hyperparameters: a description of every param group; the same on every rank.
+        settings: hyperparameters and options, a line each; the same on every rank.
         scalars: the per-param scalars of the state and their initial values.
         communicator: the ranks.
         options: the optimizer's.
@@ -122,9 +122,10 @@ def place(
     error = None
     try:
         masters = [_master(candidate, options) for candidate in candidates]
+        _refuse_shared_memory(candidates)
     except ValueError as caught:
         error = caught
-    lines = [*map(str, candidates), *hyperparameters]
+    lines = [*map(str, candidates), *settings]
     seen = meet(communicator, Point.CONSTRUCTION, {"layout": digest("\n".join(lines))}, error)
     if not seen["layout"].agreed:
         difference = first_difference(communicator.exchange(lines))
@@ -189,6 +190,19 @@ def _master(candidate: Candidate, options: Options) -> str | None:
     return None
 
 
+def _refuse_shared_memory(candidates: Sequence[Candidate]) -> None:
+    """Raise for different params on the same memory: in buffers they would come apart."""
+    seen: dict[int, str] = {}
+    for candidate in candidates:
+        if candidate.param.numel():
+            first = seen.setdefault(candidate.param.data_ptr(), candidate.name)
+            if first is not candidate.name:
+                raise ValueError(
+                    f"{first} and {candidate.name} are different params on the same memory: "
+                    "expected tied params to be one Parameter"
+                )
+
+
 def _share_values(buckets: Sequence[FlatBucket], communicator: Communicator) -> None:
     """Give every rank the first rank's values, unless that would hide a difference in order."""
     if communicator.world_size == 1:
@@ -202,9 +216,7 @@ def _share_values(buckets: Sequence[FlatBucket], communicator: Communicator) -> 
             names.append(name)
     words = {"values": digest(str(sums)), "sorted values": digest(str(sorted(sums)))}
     seen = meet(communicator, Point.CONSTRUCTION, words)
-    if seen["values"].agreed:
-        return
-    if seen["sorted values"].agreed:
+    if seen["sorted values"].agreed and not seen["values"].agreed:
         lines = [f"{name} (sum of bits {value})" for name, value in zip(names, sums, strict=True)]
         difference = first_difference(communicator.exchange(lines))
         raise ValueError(

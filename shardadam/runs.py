@@ -1,7 +1,9 @@
 """What of a bucket is to be updated, as runs for the kernel."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from shardadam.gradients import BucketGrads
 from shardadam.kernels import Coefficients, Run
@@ -9,21 +11,23 @@ from shardadam.kernels import Coefficients, Run
 
 def bucket_runs(
     grads: BucketGrads,
+    advanced: Mapping[str, Tensor],
     param_groups: Sequence[dict[str, Any]],
     coefficients_of: Callable[..., Coefficients],
 ) -> list[Run]:
     """One bucket's runs on this rank.
 
     Neighbours whose gradients lie in one buffer and that share their coefficients become one run:
-    what lies between them is padding, zeros that stay zeros.
+    what lies between them is padding, nobody's elements.
 
     Args:
         grads: the bucket's gradients.
+        advanced: the bucket's scalars after this step.
         param_groups: the optimizer's.
         coefficients_of: called with a param group and a param's scalars, once for each pair.
     """
     bucket, shard = grads.bucket, grads.shard
-    scalars = list(zip(*(values.tolist() for values in bucket.scalars.values()), strict=True))
+    scalars = list(zip(*(values.tolist() for values in advanced.values()), strict=True))
     shared: dict[tuple[int, tuple[float, ...]], Coefficients] = {}
     runs: list[Run] = []
     start, last = 0, -2

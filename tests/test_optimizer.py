@@ -4,6 +4,7 @@ import copy
 import inspect
 import itertools
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -237,3 +238,26 @@ def test_repr_says_what_runs():
     assert "rank 0 of 1 (none), grad_sync='mean', 1 buckets" in text
     assert "update by compiled CPU twin (" in text
     assert "lr: 0.001" in text
+
+
+def test_gradients_that_are_lazily_conjugated_or_negated():
+    params = [nn.Parameter(torch.ones(4, dtype=torch.complex64)), nn.Parameter(torch.ones(4))]
+    ours, theirs, copies = pair("Adam", params, lr=0.1)
+    grads = [torch.full((4,), 1 + 2j).conj(), torch._neg_view(torch.ones(4))]
+    assert grads[0].is_conj() and grads[1].is_neg()
+    for param, other, grad in zip(params, copies, grads, strict=True):
+        param.grad, other.grad = grad, grad.resolve_conj().resolve_neg().clone()
+    ours.step()
+    theirs.step()
+    for param, other in zip(params, copies, strict=True):
+        torch.testing.assert_close(param, other, rtol=1e-6, atol=0)
+
+
+def test_the_optimizer_lets_go_of_gradients():
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters())
+    loss_of(model, 0).backward()
+    grad = weakref.ref(model[0].weight.grad)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert grad() is None

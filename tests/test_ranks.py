@@ -89,6 +89,10 @@ def test_different_gradients_are_averaged_and_reproducible(world_size):
 def start_values(rank: int) -> list:
     model = mlp(torch.bfloat16, seed=rank)
     shardadam.AdamW(model.parameters())
+    # The same numbers in another order.
+    permuted = nn.Parameter(torch.arange(1000.0).roll(rank))
+    shardadam.AdamW([permuted])
+    assert torch.equal(permuted, torch.arange(1000.0))
     return values(model)
 
 

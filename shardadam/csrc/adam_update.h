@@ -1,7 +1,7 @@
 // The rule: Adam, AdamW, AMSGrad and NAdam for one element, and the number formats.
 //
-// This text is compiled by the host compiler into the CPU twin and by NVRTC into the CUDA kernel;
-// kernels/reference.py is the same rule in torch operations. All three agree bit for bit because
+// This text is compiled by the host compiler into the CPU twin, and fit to be compiled by NVRTC into
+// a CUDA kernel; kernels/reference.py is the same rule in torch operations. They agree bit for bit:
 // every operation here is one correctly rounded IEEE operation (no contraction into fma, no
 // fast-math), in an order that is fixed.
 //

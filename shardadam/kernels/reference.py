@@ -89,7 +89,8 @@ def _master(run: Run) -> Tensor:
     if run.master.dtype == torch.int16:
         return join_master(run.param, run.master)
     # Where somebody wrote the param since the last step, the param is right.
-    untouched = run.master.to(run.param.dtype) == run.param
+    rounded = run.master.to(run.param.dtype)
+    untouched = rounded.view(torch.int16) == run.param.view(torch.int16)
     return torch.where(untouched, run.master, run.param.float())
 
 

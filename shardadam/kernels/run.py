@@ -63,6 +63,9 @@ class Coefficients:
         )
 
 
+_NO_GRAD = torch.empty(0)
+
+
 @dataclass(slots=True)
 class Run:
     """Contiguous elements that one set of coefficients updates; all tensors are of one length.
@@ -83,6 +86,10 @@ class Run:
     coefficients: Coefficients
     prepared: Any = None
     """A backend's own form of the tensors that stay, made once."""
+
+    def release(self) -> None:
+        """Let go of the gradient: runs are kept from step to step, gradients must not be."""
+        self.grad = _NO_GRAD
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
