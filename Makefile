@@ -52,7 +52,7 @@ $(READY): .venv/torch.stamp pyproject.toml CMakeLists.txt $(CSRC)
 	@touch $@
 
 demo: $(READY) ## train a small GPT on RANKS=2 ranks; ARGS go to examples/train_gpt.py
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/python examples/launch.py --standalone \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} exec $(BIN)/python examples/launch.py --standalone \
 		--nproc-per-node $(RANKS) examples/train_gpt.py $(ARGS)
 
 test: $(READY) ## run the tests; ARGS go to pytest

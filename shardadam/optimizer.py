@@ -247,9 +247,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         assert self.grad_norm is not None
         if error_if_nonfinite and not self.grad_norm.isfinite():
             raise RuntimeError(f"the total norm of the gradients is {norm}, it can't be clipped")
-        self._clipped = clipping.Clipped(
-            clipping.coefficient(norm, max_norm), self._reducer.versions()
-        )
+        coefficient = clipping.coefficient(norm, max_norm)
+        self._clipped = clipping.Clipped(coefficient, self._reducer.versions())
         return self.grad_norm
 
     @contextlib.contextmanager

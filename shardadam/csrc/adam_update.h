@@ -1,8 +1,8 @@
 // The rule: Adam, AdamW, AMSGrad and NAdam for one element, and the number formats.
 //
-// This text is compiled by the host compiler into the CPU twin, and fit to be compiled by NVRTC into
-// a CUDA kernel; kernels/reference.py is the same rule in torch operations. They agree bit for bit:
-// every operation here is one correctly rounded IEEE operation (no contraction into fma, no
+// This text is compiled by the host compiler into the CPU twin, and fit to be compiled by NVRTC
+// into a CUDA kernel; kernels/reference.py is the same rule in torch operations. They agree bit for
+// bit: every operation here is one correctly rounded IEEE operation (no contraction into fma, no
 // fast-math), in an order that is fixed.
 //
 // Arithmetic is in double, storage is not: a stored fp32 moment or param is rounded once, from a

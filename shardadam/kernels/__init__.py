@@ -5,6 +5,7 @@ know tensors and numbers, not parameters.
 """
 
 import functools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -57,6 +58,9 @@ def backend_for(device_type: str) -> Backend:
         library, why_not = cpu.load()
         if library is not None:
             return cpu.Twin(library)
+        warnings.warn(
+            f"shardadam updates in torch operations, which is slow: {why_not}", stacklevel=2
+        )
         return _Reference(f"torch operations on CPU ({why_not})")
     return _Reference(f"torch operations on {device_type} (no {device_type} kernel yet)")
 
