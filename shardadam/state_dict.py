@@ -1,6 +1,7 @@
 """Reading and writing `state_dict()`: this rank's shards, and full tensors that it slices."""
 
 import itertools
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -49,9 +50,9 @@ def plan(
         entry = given["state"].get(saved_id, {})
         if param not in places:
             if entry:
-                raise ValueError(
-                    f"the state dict has state for param {saved_id}, which is frozen here: "
-                    "expected the params that were trained to require grad"
+                warnings.warn(
+                    f"param {saved_id} is frozen here: its state in the state dict is left out",
+                    stacklevel=5,
                 )
             continue
         bucket, index = places[param]

@@ -180,3 +180,15 @@ def test_another_ranks_shard_is_refused(tmp_path):
     optimizer = shardadam.AdamW(mlp().named_parameters())
     with pytest.raises(ValueError, match="was saved by rank 1 of 2 .* this is rank 0 of 1"):
         optimizer.load_state_dict(torch.load(tmp_path / "2-1.pt"))
+
+
+def test_state_of_a_param_that_is_frozen_here_is_left_out():
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters())
+    train(model, optimizer, range(2))
+    other = mlp()
+    other[0].bias.requires_grad_(False)
+    resumed = shardadam.AdamW(other.parameters())
+    with pytest.warns(UserWarning, match="param 1 is frozen here: its state"):
+        resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.state[other[0].weight]["step"] == 2
