@@ -1,6 +1,7 @@
 """Imports point one way, and importing does next to nothing."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +24,18 @@ LEVELS = [
     ["adam"],
     [""],
 ]
+LEVEL = {name: index for index, names in enumerate(LEVELS) for name in names}
+# These know tensors and numbers, no params: no more of ours than is said here.
+KNOW_ONLY = {
+    "layout": set(),
+    **{name: {"kernels"} for name in LEVEL if name.partition(".")[0] == "kernels"},
+    "buffers": {"layout", "kernels"},
+    "collectives": {"kernels"},
+    "agreement": {"collectives"},
+}
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     found = {}
     for path in PACKAGE.rglob("*.py"):
@@ -35,21 +46,24 @@ def modules() -> dict[str, ast.Module]:
 
 
 def imported(tree: ast.Module) -> set[str]:
+    """Our modules that a module imports, without "shardadam."."""
     names = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("shardadam"):
-            base = node.module.removeprefix("shardadam").removeprefix(".")
-            for alias in node.names:
-                path = f"{base}.{alias.name}".strip(".")
-                names.add(path if path in LEVEL else base)
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative imports: write them out, as everywhere here"
+            if node.module.partition(".")[0] == "shardadam":
+                base = node.module.removeprefix("shardadam").removeprefix(".")
+                for alias in node.names:
+                    path = f"{base}.{alias.name}".strip(".")
+                    names.add(path if path in LEVEL else base)
         elif isinstance(node, ast.Import):
+            paths = [alias.name for alias in node.names]
             names |= {
-                a.name.removeprefix("shardadam.") for a in node.names if "shardadam" in a.name
+                path.removeprefix("shardadam").removeprefix(".")
+                for path in paths
+                if path.partition(".")[0] == "shardadam"
             }
     return names
-
-
-LEVEL = {name: index for index, names in enumerate(LEVELS) for name in names}
 
 
 def test_every_module_has_its_level():
@@ -62,15 +76,35 @@ def test_imports_point_one_way(name):
     assert not upward, f"{name or 'shardadam'} imports {upward}"
 
 
+@pytest.mark.parametrize("name", sorted(KNOW_ONLY))
+def test_rooms_that_know_little(name):
+    others = {other.partition(".")[0] for other in imported(modules()[name])}
+    assert others <= KNOW_ONLY[name], f"{name} imports {others - KNOW_ONLY[name]}"
+
+
 def test_only_collectives_calls_torch_distributed():
     for name, tree in modules().items():
-        calls = {
-            ast.unparse(node.func)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[0] == "dist"
-        }
-        calls -= {"dist.is_available"}
-        assert not calls or name == "collectives", f"{name} calls {calls}"
+        called, aliases = set(), {"torch.distributed"}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                aliases |= {
+                    alias.asname
+                    for alias in node.names
+                    if alias.name.startswith("torch.distributed") and alias.asname
+                }
+            elif isinstance(node, ast.ImportFrom):
+                if node.module == "torch":
+                    aliases |= {a.asname or a.name for a in node.names if a.name == "distributed"}
+                elif node.module.startswith("torch.distributed"):
+                    called |= {alias.name for alias in node.names}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                function = ast.unparse(node.func)
+                if any(function.startswith(f"{alias}.") for alias in aliases):
+                    called.add(function)
+        if name == "options":
+            called -= {"dist.is_available"}  # is the default group there to be compared with?
+        assert not called or name == "collectives", f"{name} uses {called}"
 
 
 SCRIPT = """
@@ -87,10 +121,12 @@ assert 'libshardadam' not in open('/proc/self/maps').read() if sys.platform == '
 
 
 def test_importing_is_quick_and_loads_nothing():
-    seconds = [
-        float(
-            subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, check=True).stdout
-        )
-        for _ in range(3)
-    ]
-    assert min(seconds) < 0.1
+    # The best of five: what else the machine does is not to be measured.
+    seconds = []
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        seconds.append(float(done.stdout))
+        if seconds[-1] < 0.1:
+            return
+    raise AssertionError(f"importing took {seconds} s")

@@ -59,10 +59,10 @@ def make_run(formats, numel: int, amsgrad: bool, shared: Coefficients, start: in
         param, master = reference.split_master(values(FP32))
     elif master_dtype is not None:
         master = values(FP32)
-        # Some params were written since their master was rounded to them.
-        param = torch.where(torch.rand(len(param), generator=generator) < 0.9, master, 0.5).to(
-            param_dtype
-        )
+        # Some params were written since their master was rounded to them, some with the other zero.
+        chance = torch.rand(len(param), generator=generator)
+        written = torch.where(chance < 0.05, 0.5, -0.0)
+        param = torch.where(chance < 0.1, written, master).to(param_dtype)
     tensors = [
         param,
         values(moment_dtype),

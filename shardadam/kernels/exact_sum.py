@@ -22,7 +22,7 @@ def zero(device: torch.device | str = "cpu") -> Tensor:
 
 
 def add(words: Tensor, values: Tensor) -> None:
-    """Add float64 ``values`` (1-D) to ``words``, exactly."""
+    """Add non-negative float64 ``values`` (1-D) to ``words``, exactly."""
     finite = torch.isfinite(values)
     words[LIMBS] += values.isinf().sum()
     words[LIMBS + 1] += values.isnan().sum()
