@@ -3,10 +3,11 @@
 [Note: meeting points]
 
 All data exchanges are opened by one small all-reduce (`Communicator.agree`) in which each rank says
-where it is, whether something is wrong with it, and digests of what must be equal. If a rank
-called `step()` while another is in a backward pass, if one found a bad gradient, if lr differs,
-then every rank learns so here and raises an error that says who and what; nobody is left waiting in
-a collective that will never be answered, and no state has been changed yet.
+where it is and in which optimizer, whether something is wrong with it, and digests of what must be
+equal. If a rank called `step()` while another is in a backward pass or in another optimizer's step,
+if one found a bad gradient, if lr differs, then every rank learns so here and raises an error that
+says who and what; nobody is left waiting in a collective that will never be answered, and no state
+has been changed yet.
 """
 
 import enum
@@ -94,19 +95,24 @@ def meet(
         return {name: Range(word, word) for name, word in words.items()}
     padding = [0] * (_WORDS - len(words))
     try:
-        low, high = communicator.agree([point, error is not None, *words.values(), *padding])
+        low, high = communicator.agree(
+            [error is not None, point, communicator.ordinal, *words.values(), *padding]
+        )
     except RuntimeError as lost:
         if error is not None:
             raise error from lost
         raise
-    if low[0] != high[0]:
-        points = communicator.exchange(_NAMES[point])
+    if low[1:3] != high[1:3]:
+        place = _NAMES[point]
+        if low[2] != high[2]:
+            place += f" of optimizer {communicator.ordinal}"
+        points = communicator.exchange(place)
         places = ", ".join(f"rank {rank} is in {place}" for rank, place in enumerate(points))
         raise RuntimeError(
             f"ranks have come to different points: {places}. Every rank must run the same number "
             "of backward passes, no_sync() contexts and steps."
         ) from error
-    if high[1]:
+    if high[0]:
         reports = communicator.exchange(
             None if error is None else f"{type(error).__name__}: {error}"
         )
@@ -118,7 +124,7 @@ def meet(
         raise RuntimeError(f"another rank stopped before {_NAMES[point]}: {culprits}")
     return {
         name: Range(*pair)
-        for name, pair in zip(words, zip(low[2:], high[2:], strict=True), strict=False)
+        for name, pair in zip(words, zip(low[3:], high[3:], strict=True), strict=False)
     }
 
 

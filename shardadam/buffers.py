@@ -54,7 +54,7 @@ class FlatBucket:
             view.copy_(param)
             param.data = view
         self._addresses = [view.data_ptr() for view in self.views]
-        self._packed: tuple[int, list[Tensor]] = (0, [])
+        self._packed: tuple[int | None, list[Tensor]] = (None, [])  # the address is 0 where empty
         # torch's dtype for "step"; more for a product of many factors, whose error would grow.
         counter = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
         self.scalars = {

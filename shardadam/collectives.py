@@ -26,13 +26,17 @@ class Communicator:
     """This process among the ranks of ``process_group`` (None: the default one, if there is one).
 
     Attributes: ``rank`` and ``world_size`` within the group, ``backend`` its name ("none" when
-    alone), ``device`` of the tensors.
+    alone), ``device`` of the tensors, ``ordinal`` a number that no other optimizer of these ranks
+    has, agreed on at construction.
     """
+
+    _last_ordinal = 0
 
     def __init__(self, process_group: dist.ProcessGroup | None, device: torch.device) -> None:
         self.process_group = process_group
         self.rank, self.world_size, self.backend = 0, 1, "none"
         self.device = device
+        self.ordinal = 0
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         if process_group is None and not (dist.is_available() and dist.is_initialized()):
             return
@@ -49,6 +53,15 @@ class Communicator:
                 f"expected one for {device.type}"
             )
         self.backend = backends.get(device.type, config)
+
+    def next_ordinal(self) -> int:
+        """This rank's proposal for its ``ordinal``."""
+        return Communicator._last_ordinal + 1
+
+    def take_ordinal(self, largest_proposal: int) -> None:
+        """Set ``ordinal`` once; no later one of this process will be as small."""
+        if not self.ordinal:
+            self.ordinal = Communicator._last_ordinal = largest_proposal
 
     def agree(self, words: Sequence[int]) -> tuple[list[int], list[int]]:
         """The smallest and the largest of every word over the ranks (63-bit integers).

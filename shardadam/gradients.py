@@ -81,6 +81,8 @@ class GradReducer:
         self.grads: list[BucketGrads] = []
         self._communicator = communicator
         self._syncing = True
+        self._held = False  # gradients have been left in param.grad by no_sync()
+        self._error: Exception | None = None  # for the end of the backward pass under way
         self._backward: int | None = None  # autograd's id of the backward pass under way
         self._launched = 0  # buckets whose reduction has been started in this backward pass
 
@@ -98,6 +100,7 @@ class GradReducer:
 
     def clear(self) -> None:
         """Forget reduced gradients; ``param.grad`` is not touched."""
+        self._held = False
         for grads in self.grads:
             grads.clear()
 
@@ -113,6 +116,16 @@ class GradReducer:
             for name, param, grad in zip(bucket.names, bucket.params, grads.local(), strict=True):
                 if grad is not None:
                     _check_grad(name, param, grad)
+        if self.eager and not self._held:
+            for grads in self.grads:
+                for name, done, grad in zip(
+                    grads.bucket.names, grads.present, grads.local(), strict=True
+                ):
+                    if done and grad is not None:
+                        raise ValueError(
+                            f"the gradient of {name} came back after it had been reduced and freed "
+                            "in backward: expected no DDP wrapper with shard_grads=True"
+                        )
 
     def presence(self) -> list[bool]:
         """Per span of every bucket in order: is there a gradient, here or already reduced?"""
@@ -120,6 +133,15 @@ class GradReducer:
             (self.eager and present) or grad is not None
             for grads in self.grads
             for present, grad in zip(grads.present, grads.local(), strict=True)
+        ]
+
+    def updated(self) -> list[Tensor]:
+        """The params that have a gradient on any rank, after `reduce`."""
+        return [
+            param
+            for grads in self.grads
+            for param, present in zip(grads.bucket.params, grads.present, strict=True)
+            if present
         ]
 
     def unreduced(self) -> bool:
@@ -147,6 +169,10 @@ class GradReducer:
     def changed_since(self, versions: list[tuple[Tensor, int] | None]) -> str | None:
         """The name of the first param whose gradient is not what it was at `versions`."""
         names = [name for grads in self.grads for name in grads.bucket.names]
+        if self.eager:
+            for name, grad in zip(names, (g for b in self.grads for g in b.local()), strict=True):
+                if grad is not None:
+                    return name
         for name, before, now in zip(names, versions, self.versions(), strict=False):
             if before is None or now is None:
                 if before is not now:
@@ -190,12 +216,14 @@ class GradReducer:
     def on_grad(self, index: int) -> None:
         """A gradient of bucket ``index`` has been accumulated by the backward pass under way."""
         if not self._syncing:
+            self._held = True
             return
         backward = torch._C._current_graph_task_id()
         if self._backward != backward:
             # Also after a backward pass that was broken off by an exception.
             self._backward = backward
             self._launched = 0
+            self._error = None
             for grads in self.grads:
                 grads.arrived = 0
                 grads.expected = sum(param.requires_grad for param in grads.bucket.params)
@@ -219,7 +247,8 @@ class GradReducer:
         while self._launched < len(self.grads):
             self._launch()
         present = [present for grads in self.grads for present in grads.present]
-        seen = meet(self._communicator, Point.BACKWARD_END, {"present": digest(bytes(present))})
+        words = {"present": digest(bytes(present))}
+        seen = meet(self._communicator, Point.BACKWARD_END, words, self._error)
         if not seen["present"].agreed:
             present = self._communicator.union(present)
         self.reduce(present)
@@ -229,9 +258,14 @@ class GradReducer:
         bucket = grads.bucket
         local = grads.local()
         if self.eager:
-            for name, param, grad in zip(bucket.names, bucket.params, local, strict=True):
-                if grad is not None:
-                    _check_grad(name, param, grad)
+            for index, (name, param) in enumerate(zip(bucket.names, bucket.params, strict=True)):
+                try:
+                    if (grad := local[index]) is not None:
+                        _check_grad(name, param, grad)
+                except (ValueError, RuntimeError) as error:
+                    # The others wait in the exchange: join them, and raise when all meet.
+                    self._error = self._error or error
+                    local[index] = None
         packed = self._communicator.buffer("packed", bucket.bucket.numel, bucket.dtype)
         bucket.pack(local, packed)
         if rescale != 1.0:

@@ -129,6 +129,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             with self._broken_by_errors():
                 self._update(runs, advanced)
                 self._communicator.all_gather([bucket.flat for bucket in advanced])
+            # Kernels write raw memory: autograd must learn that what it saved has changed.
+            torch.autograd.graph.increment_version(self._reducer.updated())
         self._forget_grads()
         return loss
 
@@ -141,11 +143,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             error = caught
         assert self._places is not None
         late = placement.unplaced(self.param_groups, self._places)
-        settings = [
-            *placement.hyperparameters(self.param_groups, self.defaults),
-            asked,
-            f"clipped={self._clipped is not None}",
-        ]
+        settings = placement.hyperparameters(self.param_groups, self.defaults)
+        settings += [asked, f"clipped={self._clipped is not None}"]
         words = {
             "late": digest("\n".join(map(str, late))) if late else 0,
             "hyperparameters": digest("\n".join(settings)),

@@ -67,13 +67,14 @@ def unplaced(param_groups: Sequence[dict[str, Any]], placed: Container[Tensor]) 
     def wanted(param: Tensor) -> bool:
         return param not in placed and (param.requires_grad or param.grad is not None)
 
-    return [
-        Candidate(param, name, index, bool(group.get("amsgrad", False)))
-        for index, group in enumerate(param_groups)
-        if any(map(wanted, group["params"]))
-        for name, param in named(index, group)
-        if wanted(param)
-    ]
+    found: dict[Tensor, Candidate] = {}  # a param that is listed twice counts once
+    for index, group in enumerate(param_groups):
+        if any(map(wanted, group["params"])):
+            amsgrad = bool(group.get("amsgrad", False))
+            for name, param in named(index, group):
+                if wanted(param):
+                    found.setdefault(param, Candidate(param, name, index, amsgrad))
+    return list(found.values())
 
 
 def hyperparameters(param_groups: Sequence[dict[str, Any]], names: Iterable[str]) -> list[str]:
@@ -90,7 +91,11 @@ def hyperparameters(param_groups: Sequence[dict[str, Any]], names: Iterable[str]
 
 def _plain(value: object) -> object:
     """A hyperparameter as something that ranks can compare without waiting for a device."""
+    if isinstance(value, tuple | list):
+        return tuple(map(_plain, value))  # a tensor's own repr is rounded
     if isinstance(value, Tensor):
+        if value.numel() != 1:
+            return f"a tensor of shape {tuple(value.shape)}"
         return value.item() if value.device.type == "cpu" else "a tensor on the device"
     return value
 
@@ -126,7 +131,9 @@ def place(
     except ValueError as caught:
         error = caught
     lines = [*map(str, candidates), *settings]
-    seen = meet(communicator, Point.CONSTRUCTION, {"layout": digest("\n".join(lines))}, error)
+    words = {"layout": digest("\n".join(lines)), "ordinal": communicator.next_ordinal()}
+    seen = meet(communicator, Point.CONSTRUCTION, words, error)
+    communicator.take_ordinal(seen["ordinal"].high)
     if not seen["layout"].agreed:
         difference = first_difference(communicator.exchange(lines))
         raise ValueError(

@@ -119,8 +119,42 @@ def shards_that_change(rank: int) -> None:
     optimizer.step()
 
 
-def test_sharded_gradients_that_change_after_clipping_are_an_error():
-    run_ranks(2, shards_that_change)
+def gradients_beside_the_shards(rank: int) -> None:
+    """A backward pass under no_sync after clipping: no shard changes, but there is more to add."""
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters(), shard_grads=True)
+    loss_of(model, rank).backward()
+    optimizer.clip_grad_norm_(1.0)
+    with optimizer.no_sync():
+        loss_of(model, rank).backward()
+    before = values(model)
+    with pytest.raises(ValueError, match="changed between clip_grad_norm"):
+        optimizer.step()
+    assert same(before, values(model))
+
+
+@pytest.mark.parametrize("change", [shards_that_change, gradients_beside_the_shards])
+def test_sharded_gradients_that_change_after_clipping_are_an_error(change):
+    run_ranks(2, change)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1.0, math.inf])
+@pytest.mark.parametrize("culprit", [0.0, math.inf, math.nan])
+def test_special_norms_are_torchs(culprit, max_norm):
+    models, norms = [mlp(), mlp()], []
+    for model, package in zip(models, (shardadam, torch.optim), strict=True):
+        optimizer = package.AdamW(model.parameters())
+        for param in model.parameters():
+            param.grad = torch.full_like(param, 1.0 if culprit else 0.0)
+        model[0].weight.grad[0, 0] = culprit
+        if package is shardadam:
+            norms.append(optimizer.clip_grad_norm_(max_norm))
+        else:
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+        optimizer.step()
+    torch.testing.assert_close(*norms, rtol=0, atol=0, equal_nan=True)
+    for left, right in zip(*map(values, models), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
 def test_clipping_twice_looks_anew():

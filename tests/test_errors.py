@@ -1,5 +1,6 @@
 """Bad input: a clear error on every rank, that names the culprit, with nothing changed."""
 
+import copy
 import os
 import re
 import time
@@ -92,6 +93,19 @@ def test_sparse_gradients():
         optimizer.step()
 
 
+def test_a_gradient_of_another_dtype():
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("this torch has no Tensor.grad_dtype: it refuses such gradients itself")
+    model = mlp(torch.bfloat16)
+    optimizer = shardadam.AdamW(model.named_parameters())
+    model[2].bias.grad_dtype = None
+    model[2].bias.grad = torch.ones(65)
+    expected = r"2.bias: expected a gradient like the param, \(65,\) bfloat16 .* \(65,\) float32"
+    with pytest.raises(ValueError, match=expected):
+        optimizer.step()
+    assert optimizer.state[model[2].bias]["step"] == 0
+
+
 def construct(rank: int, difference: str) -> None:
     """What one rank does otherwise, at construction."""
     params = list(mlp().named_parameters())
@@ -107,7 +121,7 @@ def construct(rank: int, difference: str) -> None:
     if difference == "lr" and rank == 1:
         options["lr"] = 0.1
     if difference in OPTIONS:
-        options[difference] = OPTIONS[difference][rank]
+        options[difference] = OPTIONS[difference][rank == 1]
     if difference == "one more" and rank == 0:
         params.append(("extra", nn.Parameter(torch.ones(3))))
     if difference == "an invalid param" and rank == 1:
@@ -142,9 +156,10 @@ def fails(rank: int, function, *args) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("difference", CONSTRUCTION)
-def test_layouts_that_differ_between_ranks(difference):
-    for message in run_ranks(2, fails, construct, difference, timeout_s=30):
+def test_layouts_that_differ_between_ranks(difference, world_size):
+    for message in run_ranks(world_size, fails, construct, difference, timeout_s=30):
         assert re.search(CONSTRUCTION[difference], message, re.DOTALL), message
 
 
@@ -155,6 +170,7 @@ def step(rank: int, fault: str) -> None:
     optimizer = shardadam.AdamW(model.named_parameters(), shard_grads=sharded)
     train(model, optimizer, range(rank, rank + 1))
     before = values(model)
+    state = copy.deepcopy(optimizer.state_dict()["state"])
     culprit = rank == 1
     try:
         if not (fault == "backward" and culprit):
@@ -163,6 +179,8 @@ def step(rank: int, fault: str) -> None:
             optimizer.param_groups[0]["lr"] = 0.5
         if fault == "sparse" and culprit:
             model[0].weight.grad = model[0].weight.grad.to_sparse()
+        if fault == "an lr of two numbers" and culprit:
+            optimizer.param_groups[0]["lr"] = torch.ones(2)
         if fault == "stale" and culprit:
             model[2].bias.data = model[2].bias.data.clone()
         if fault == "clip" and culprit:
@@ -182,9 +200,12 @@ def step(rank: int, fault: str) -> None:
         optimizer.step()
     finally:
         assert same(before, values(model)[-6:])
+        for index, entry in optimizer.state_dict()["state"].items():
+            assert all(torch.equal(value, entry[name]) for name, value in state[index].items())
 
 
 STEP = {
+    "an lr of two numbers": "lr",
     "lr": "ranks differ: rank 0 has lr=0.001 .* rank 1 has lr=0.5",
     "sparse": "0.weight: Adam does not support sparse gradients",
     "stale": "2.bias no longer is the memory",
@@ -197,17 +218,44 @@ STEP = {
 }
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("fault", STEP)
-def test_a_fault_on_one_rank_is_an_error_on_all(fault):
-    for message in run_ranks(2, fails, step, fault, timeout_s=30):
+def test_a_fault_on_one_rank_is_an_error_on_all(fault, world_size):
+    for message in run_ranks(world_size, fails, step, fault, timeout_s=15):
         assert re.search(STEP[fault], message, re.DOTALL), message
+
+
+def sparse_in_backward(rank: int) -> None:
+    """A gradient that can't be reduced, found inside backward while the others reduce theirs."""
+    layers = nn.ModuleDict({"in": nn.Embedding(100, 30, sparse=rank == 1), "out": nn.Linear(30, 5)})
+    optimizer = shardadam.AdamW(layers.named_parameters(), shard_grads=True, bucket_bytes=1024)
+    before = values(layers)
+    try:
+        layers["out"](layers["in"](torch.arange(8))).square().mean().backward()
+        optimizer.step()
+    finally:
+        assert same(before, values(layers))
+        assert all(not entry["step"] for entry in optimizer.state_dict()["state"].values())
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_sparse_gradient_on_one_rank_while_others_reduce(world_size):
+    for message in run_ranks(world_size, fails, sparse_in_backward, timeout_s=15):
+        assert "in.weight: Adam does not support sparse gradients" in message
 
 
 def lose_a_peer(rank: int, when: str) -> str:
     """Rank 1 dies; the message of rank 0's error, and of its next step."""
     model = mlp()
-    optimizer = shardadam.AdamW(model.parameters())
+    optimizer = shardadam.AdamW(model.parameters(), shard_grads=when == "in backward")
     train(model, optimizer, range(1))
+    if when == "in backward":
+        if rank == 1:
+            # Here the meeting is over, and the first bucket's reduction is not.
+            model[0].bias.register_hook(lambda grad: os._exit(0))
+        with pytest.raises(RuntimeError) as caught:
+            loss_of(model, 1).backward()
+        return str(caught.value)
     loss_of(model, 1).backward()
     if rank == 1:
         if when == "before the step":
@@ -225,6 +273,7 @@ def lose_a_peer(rank: int, when: str) -> str:
 def test_a_peer_that_dies():
     for when, doing in (
         ("before the step", "failed while agreeing on what comes next over gloo"),
+        ("in backward", "failed while reduce-scattering gradients over gloo"),
         ("in the step", "failed while all-gathering params over gloo"),
     ):
         with pytest.raises(AssertionError) as caught:  # rank 1 answers nothing

@@ -93,3 +93,16 @@ def sharded_gradients(rank: int) -> str:
 def test_sharded_gradients_say_that_a_scaler_finds_none():
     with warnings.catch_warnings():
         assert len(run_ranks(2, sharded_gradients)) == 2
+
+
+def test_one_rank_shards_no_gradients_so_a_scaler_finds_them():
+    models = [mlp(), mlp()]
+    for model, shard_grads in zip(models, (False, True), strict=True):
+        optimizer = shardadam.AdamW(model.parameters(), shard_grads=shard_grads)
+        amp = scaler()
+        for step in range(3):
+            optimizer.zero_grad()
+            amp.scale(loss_of(model, step)).backward()
+            amp.step(optimizer)
+            amp.update()
+    assert same(*map(values, models))

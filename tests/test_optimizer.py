@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.optim import lr_scheduler
 
 import shardadam
 from models import loss_of, mlp, same, train, values
@@ -105,18 +106,47 @@ SCHEDULERS = {
     "MultiplicativeLR": {"lr_lambda": lambda step: 0.9},
     "ReduceLROnPlateau": {"patience": 0},
 }
+# Made of two of the others.
+COMPOSITES = {
+    "SequentialLR": lambda optimizer, pair: lr_scheduler.SequentialLR(optimizer, pair, [3]),
+    "ChainedScheduler": lambda optimizer, pair: lr_scheduler.ChainedScheduler(pair),
+}
+OTHERS = {
+    "CyclicLR, betas too": lambda optimizer: lr_scheduler.CyclicLR(
+        optimizer, 1e-4, 1e-2, step_size_up=3
+    ),
+    "SWALR": lambda optimizer: torch.optim.swa_utils.SWALR(optimizer, 1e-2, anneal_epochs=4),
+}
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+def make_scheduler(name: str, optimizer: torch.optim.Optimizer):
+    if name in OTHERS:
+        return OTHERS[name](optimizer)
+    if name in COMPOSITES:
+        pair = [lr_scheduler.ConstantLR(optimizer), lr_scheduler.ExponentialLR(optimizer, 0.8)]
+        return COMPOSITES[name](optimizer, pair)
+    return getattr(lr_scheduler, name)(optimizer, **SCHEDULERS[name])
+
+
+def test_no_scheduler_is_left_out():
+    theirs = {
+        name
+        for name, kind in vars(lr_scheduler).items()
+        if inspect.isclass(kind) and issubclass(kind, lr_scheduler.LRScheduler)
+    }
+    assert theirs - {"LRScheduler", "_LRScheduler"} == {*SCHEDULERS, *COMPOSITES}
+
+
+@pytest.mark.parametrize("name", [*SCHEDULERS, *COMPOSITES, *OTHERS])
 def test_schedulers_drive_it(name):
     models, rates = [mlp(), mlp()], ([], [])
     for model, package, seen in zip(models, (shardadam, torch.optim), rates, strict=True):
         optimizer = package.AdamW(model.parameters(), lr=1e-3)
-        scheduler = getattr(torch.optim.lr_scheduler, name)(optimizer, **SCHEDULERS[name])
+        scheduler = make_scheduler(name, optimizer)
         for step in range(8):
             train(model, optimizer, range(step, step + 1))
             scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
-            seen.append(optimizer.param_groups[0]["lr"])
+            seen.append([optimizer.param_groups[0][key] for key in ("lr", "betas")])
     assert rates[0] == rates[1]
     for left, right in zip(*map(values, models), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
@@ -240,10 +270,12 @@ def test_repr_says_what_runs():
     assert "lr: 0.001" in text
 
 
-def test_gradients_that_are_lazily_conjugated_or_negated():
+def test_gradients_that_are_lazily_conjugated_negated_or_expanded():
     params = [nn.Parameter(torch.ones(4, dtype=torch.complex64)), nn.Parameter(torch.ones(4))]
+    params.append(nn.Parameter(torch.ones(4)))
     ours, theirs, copies = pair("Adam", params, lr=0.1)
     grads = [torch.full((4,), 1 + 2j).conj(), torch._neg_view(torch.ones(4))]
+    grads.append(torch.ones(1).expand(4))  # one number in memory
     assert grads[0].is_conj() and grads[1].is_neg()
     for param, other, grad in zip(params, copies, grads, strict=True):
         param.grad, other.grad = grad, grad.resolve_conj().resolve_neg().clone()
@@ -261,3 +293,40 @@ def test_the_optimizer_lets_go_of_gradients():
     optimizer.step()
     optimizer.zero_grad()
     assert grad() is None
+
+
+@pytest.mark.parametrize("package", [torch.optim, shardadam], ids=lambda package: package.__name__)
+def test_backward_through_a_step_is_an_error(package):
+    """A kernel that writes raw memory must tell autograd, or gradients are silently wrong."""
+    model = mlp()
+    optimizer = package.AdamW(model.parameters())
+    before_the_step = loss_of(model, 0)
+    train(model, optimizer, range(1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        before_the_step.backward()
+
+
+def test_tied_params_are_updated_once():
+    models = [mlp(), mlp()]
+    for model, package in zip(models, (shardadam, torch.optim), strict=True):
+        model[4].weight = nn.Parameter(torch.ones(65, 65))
+        model[4].bias = model[2].bias
+        model.append(nn.Linear(65, 65, bias=False))
+        model[5].weight = model[4].weight
+        optimizer = package.AdamW(model.parameters())
+        train(model, optimizer, range(3))
+        assert model[5].weight is model[4].weight and model[4].bias is model[2].bias
+        assert optimizer.state[model[5].weight]["step"] == 3
+    for left, right in zip(*map(values, models), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
+def test_a_param_that_is_listed_twice_is_updated_once():
+    param, once = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = shardadam.Adam([param, param])
+    other = shardadam.Adam([once])
+    param.grad = once.grad = torch.ones(3)
+    optimizer.step()
+    other.step()
+    assert torch.equal(param, once)

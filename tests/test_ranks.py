@@ -1,11 +1,13 @@
 """Several ranks: the mean of their gradients, the same bits on all and at every world size."""
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 import shardadam
 from models import loss_of, mlp, same, train, values
@@ -54,6 +56,86 @@ def test_every_world_size_gives_the_same_bits(dtype):
             ):
                 assert same(params, expected), (world_size, rank, config)
                 assert norm == expected_norm
+
+
+VARIANTS = [
+    ("Adam", torch.float32, {"amsgrad": True, "weight_decay": 0.1}),
+    ("AdamW", torch.bfloat16, {"amsgrad": True, "master": "fp32"}),
+    ("NAdam", torch.bfloat16, {}),
+    ("NAdam", torch.float64, {"decoupled_weight_decay": True, "maximize": True}),
+]
+
+
+def train_variants(rank: int) -> list[list]:
+    results = []
+    for kind, dtype, options in VARIANTS:
+        model = mlp(dtype)
+        exact_gradients(model)
+        optimizer = getattr(shardadam, kind)(model.parameters(), bucket_bytes=4096, **options)
+        train(model, optimizer, range(10))
+        results.append(values(model))
+    return results
+
+
+@pytest.mark.filterwarnings("ignore:gradients are equal on all ranks")
+def test_every_variant_gives_the_same_bits_on_three_ranks():
+    alone = train_variants(0)
+    for results in run_ranks(3, train_variants):
+        for variant, params, expected in zip(VARIANTS, results, alone, strict=True):
+            assert same(params, expected), variant
+
+
+def odd_params() -> list[nn.Parameter]:
+    """Shapes, strides and dtypes that trip up flat buffers; some buckets have no element at all."""
+    torch.manual_seed(0)
+    return [
+        nn.Parameter(torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)),
+        nn.Parameter(torch.randn(70, 50).t()),
+        nn.Parameter(torch.tensor(2.0)),
+        nn.Parameter(torch.empty(0, 3)),
+        nn.Parameter(torch.randn(30, 3, dtype=torch.complex64)),
+        nn.Parameter(torch.randn(300, dtype=torch.float64)),
+        nn.Parameter(torch.empty(0, dtype=torch.bfloat16)),
+    ]
+
+
+def odd_loss(params: list, seed: int) -> Tensor:
+    """Linear in the params: the gradients are random numbers that are a function of ``seed``."""
+    generator = torch.Generator().manual_seed(seed)
+    products = [p * torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in params]
+    reals = [torch.view_as_real(p) if p.is_complex() else p for p in products]
+    return sum(real.double().sum() for real in reals)
+
+
+def train_odd_params(rank: int) -> None:
+    world_size = dist.get_world_size()
+    for shard_grads in (False, True):
+        ours, theirs = odd_params(), odd_params()
+        strides = [param.stride() for param in ours]
+        optimizer = shardadam.NAdam(
+            ours, shard_grads=shard_grads, max_grad_norm=1.0, bucket_bytes=2048
+        )
+        reference = torch.optim.NAdam(theirs)
+        for step in range(5):
+            optimizer.zero_grad()
+            reference.zero_grad()
+            seeds = range(10 * step, 10 * step + world_size)
+            odd_loss(ours, seeds[rank]).backward()
+            (sum(odd_loss(theirs, seed) for seed in seeds) / world_size).backward()
+            norm = nn.utils.clip_grad_norm_(theirs, 1.0)
+            optimizer.step()
+            reference.step()
+            # Torch adds up squares in float32.
+            torch.testing.assert_close(optimizer.grad_norm, norm.float(), rtol=1e-5, atol=0)
+        assert strides == [param.stride() for param in ours]
+        for left, right in zip(ours, theirs, strict=True):
+            # 5 steps, each off by a few ulp of max(|p|, lr) < 8.
+            torch.testing.assert_close(left, right, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_params_of_every_shape_stride_and_dtype(world_size):
+    run_ranks(world_size, train_odd_params)
 
 
 def train_apart(rank: int) -> list:
@@ -190,3 +272,36 @@ def grow(rank: int) -> tuple:
 def test_added_groups_and_unfrozen_params():
     first, second = run_ranks(2, grow)
     assert same(first, second)
+
+
+def copied(rank: int) -> None:
+    model = mlp(torch.bfloat16)
+    optimizer = shardadam.AdamW(model.parameters(), lr=0.01)
+    train(model, optimizer, range(rank, rank + 3))
+    copies = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
+    for trained, by in [(model, optimizer), *copies]:
+        train(trained, by, range(10 + rank, 13 + rank))
+    assert all(same(values(model), values(other)) for other, _ in copies)
+
+
+def test_deepcopy_and_pickle_carry_the_shards():
+    run_ranks(2, copied)
+
+
+def in_another_order(rank: int) -> str:
+    """Two optimizers of equal layout and hyperparameters; rank 1 steps the second one first."""
+    models = [mlp(seed=0), mlp(seed=1)]
+    optimizers = [shardadam.AdamW(model.parameters()) for model in models]
+    for model in models:
+        loss_of(model, rank).backward()
+    before = [value for model in models for value in values(model)]
+    with pytest.raises(RuntimeError) as caught:
+        for optimizer in optimizers if rank == 0 else reversed(optimizers):
+            optimizer.step()
+    assert same(before, [value for model in models for value in values(model)])
+    return str(caught.value)
+
+
+def test_two_optimizers_are_not_mistaken_for_each_other():
+    for message in run_ranks(2, in_another_order, timeout_s=30):
+        assert "different points" in message

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import resource
 
 import pytest
@@ -65,12 +66,13 @@ def only_no_sync(rank: int) -> None:
     assert same(*results)
 
 
-def unused(rank: int) -> list[float]:
+def unused(rank: int, shard_grads: bool) -> tuple[list[float], list]:
     """Each rank leaves out another layer, one is left out by all."""
     torch.manual_seed(0)
     layers = nn.ModuleList([nn.Linear(20, 20) for _ in range(6)])
-    optimizer = shardadam.AdamW(layers.parameters(), shard_grads=True, bucket_bytes=2048)
+    optimizer = shardadam.AdamW(layers.parameters(), shard_grads=shard_grads, bucket_bytes=2048)
     for step in range(3):
+        optimizer.zero_grad()
         hidden = torch.randn(4, 20)
         for index, layer in enumerate(layers):
             if index not in (rank, 5):
@@ -78,7 +80,7 @@ def unused(rank: int) -> list[float]:
         hidden.sum().backward()
         optimizer.step()
         assert step + 1 == optimizer.state[layers[0].weight]["step"]
-    return [optimizer.state[layer.weight]["step"].item() for layer in layers]
+    return [optimizer.state[layer.weight]["step"].item() for layer in layers], values(layers)
 
 
 def checkpointed(rank: int) -> None:
@@ -117,19 +119,110 @@ def discarded(rank: int) -> None:
     second.step()
 
 
-def everything(rank: int) -> list[float]:
+def broken_off(rank: int) -> None:
+    """A backward pass that an exception ends, on every rank, leaves nothing behind."""
+    results = []
+    for breaks in (False, True):
+        model = mlp()
+        optimizer = shardadam.AdamW(model.parameters(), shard_grads=True, bucket_bytes=1024)
+        if breaks:
+            handle = model[0].weight.register_hook(lambda grad: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                loss_of(model, 99).backward()
+            handle.remove()
+            optimizer.zero_grad()
+        train(model, optimizer, range(rank, rank + 3))
+        results.append(values(model))
+    assert same(*results)
+
+
+def grow_and_freeze(rank: int) -> None:
+    """Params that are unfrozen, added and frozen along the way."""
+    results = []
+    for shard_grads in (False, True):
+        model = mlp()
+        model[0].weight.requires_grad_(False)
+        optimizer = shardadam.AdamW(model[0].parameters(), shard_grads=shard_grads)
+
+        def train_all(seeds: range, model=model, optimizer=optimizer) -> None:
+            for seed in seeds:
+                model.zero_grad()
+                train(model, optimizer, range(seed, seed + 1))
+
+        train_all(range(rank, rank + 1))
+        optimizer.add_param_group({"params": list(model[2].parameters()), "lr": 0.1})
+        model[0].weight.requires_grad_(True)
+        train_all(range(10 + rank, 13 + rank))
+        model[2].bias.requires_grad_(False)
+        train_all(range(20 + rank, 22 + rank))
+        steps = [
+            optimizer.state[param]["step"] for param in (*model[0].parameters(), model[2].bias)
+        ]
+        assert steps == [5, 6, 3]
+        results.append(values(model))
+    assert same(*results)
+
+
+def everything(rank: int) -> tuple[list[float], list]:
     modes_agree(rank)
     accumulation(rank)
     only_no_sync(rank)
     checkpointed(rank)
     discarded(rank)
-    return unused(rank)
+    broken_off(rank)
+    grow_and_freeze(rank)
+    plain, sharded = unused(rank, False), unused(rank, True)
+    assert plain[0] == sharded[0] and same(plain[1], sharded[1])
+    return sharded
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_sharded_gradients(world_size):
-    for steps in run_ranks(world_size, everything):
+    results = run_ranks(world_size, everything)
+    for steps, params in results:
         assert steps == [3, 3, 3, 3, 3, 0]
+        assert same(params, results[0][1])
+
+
+def crossed(rank: int) -> str:
+    """Two optimizers in one backward pass, whose first gradients arrive in another order."""
+    torch.manual_seed(0)
+    first, second, third = (nn.Linear(20, 20) for _ in range(3))
+    options = {"shard_grads": True, "bucket_bytes": 2048}
+    outer = shardadam.AdamW([*first.parameters(), *third.parameters()], **options)
+    inner = shardadam.AdamW(second.parameters(), **options)
+    hidden = second(first(torch.ones(4, 20)))
+    if rank == 0:  # third is unused elsewhere
+        hidden = third(hidden)
+    with pytest.raises(RuntimeError) as caught:
+        hidden.sum().backward()
+        outer.step()
+        inner.step()
+    return str(caught.value)
+
+
+def test_optimizers_that_cross_in_a_backward_pass_are_an_error():
+    for message in run_ranks(2, crossed, timeout_s=15):
+        assert "different points" in message
+
+
+def within_ddp(rank: int) -> None:
+    """DDP writes its gradients back after ours have been freed: they must not count twice."""
+    plain, sharded = mlp(), mlp()
+    reference = shardadam.AdamW(plain.parameters(), max_grad_norm=math.inf)
+    train(plain, reference, range(rank, rank + 1))
+    optimizer = shardadam.AdamW(sharded.parameters(), shard_grads=True, max_grad_norm=math.inf)
+    wrapped = nn.parallel.DistributedDataParallel(sharded)
+    try:
+        train(wrapped, optimizer, range(rank, rank + 1))
+    except (ValueError, RuntimeError) as error:
+        assert "DDP" in str(error)  # just as good
+        return
+    torch.testing.assert_close(optimizer.grad_norm, reference.grad_norm)
+
+
+def test_ddps_gradients_do_not_count_twice():
+    run_ranks(2, within_ddp)
 
 
 def peak(rank: int, shard_grads: bool) -> int:

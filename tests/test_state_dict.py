@@ -64,10 +64,13 @@ def test_never_communicates():
     run_ranks(2, local)
 
 
-def sliced(rank: int, full: dict, expected: list) -> list:
-    model = mlp()
-    optimizer = shardadam.AdamW(model.parameters())
+def sliced(rank: int, full: dict, expected: list, kind: str, dtype: torch.dtype) -> list:
+    model = mlp(dtype)
+    optimizer = getattr(shardadam, kind)(model.parameters())
     optimizer.load_state_dict(full)
+    if kind == "NAdam":
+        for param, saved in zip(model.parameters(), full["state"].values(), strict=True):
+            assert optimizer.state[param]["mu_product"] == saved["mu_product"]
     flat = [optimizer.state[param]["exp_avg"].flatten() for param in model.parameters()]
     pieces = [None] * dist.get_world_size()
     dist.all_gather_object(pieces, flat)
@@ -80,13 +83,19 @@ def sliced(rank: int, full: dict, expected: list) -> list:
 
 @pytest.mark.filterwarnings("ignore:gradients are equal")
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_torchs_state_is_sliced(world_size):
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    # A run in float32 goes on in bfloat16 with the moments it had.
+    [("AdamW", torch.float32), ("NAdam", torch.float32), ("AdamW", torch.bfloat16)],
+)
+def test_torchs_state_is_sliced(kind, dtype, world_size):
     model = mlp()
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = getattr(torch.optim, kind)(model.parameters())
     train(model, optimizer, range(5))
     full = copy.deepcopy(optimizer.state_dict())
     moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
-    run_ranks(world_size, sliced, full, moments)
+    results = run_ranks(world_size, sliced, full, moments, kind, dtype)
+    assert all(same(params, results[0]) for params in results)
 
 
 def test_loads_into_torch():
@@ -96,6 +105,8 @@ def test_loads_into_torch():
     other = mlp()
     theirs = torch.optim.AdamW(other.parameters())
     theirs.load_state_dict(through_a_file(optimizer.state_dict()))
+    with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
+        shardadam.AdamW(list(mlp().parameters())[:-1]).load_state_dict(optimizer.state_dict())
     for left, right in zip(model.parameters(), other.parameters(), strict=True):
         for name in ("step", "exp_avg", "exp_avg_sq"):
             assert torch.equal(optimizer.state[left][name], theirs.state[right][name])
@@ -173,6 +184,12 @@ def shards_elsewhere(rank: int, folder: str) -> None:
     other = torch.load(f"{folder}/{dist.get_world_size()}-{1 - rank}.pt")
     with pytest.raises(ValueError, match=rf"was saved by rank {1 - rank} of 2 .* rank {rank} of 2"):
         optimizer.load_state_dict(other)
+    # Other buckets cut the shards elsewhere.
+    own = torch.load(f"{folder}/{dist.get_world_size()}-{rank}.pt")
+    other_cut = shardadam.AdamW(mlp().named_parameters(), bucket_bytes=1024)
+    with pytest.raises(ValueError, match=r"\d.weight: exp_avg .* Expected the same layout"):
+        other_cut.load_state_dict(own)
+    assert all(not entry["step"] for entry in other_cut.state_dict()["state"].values())
 
 
 def test_another_ranks_shard_is_refused(tmp_path):
