@@ -54,6 +54,11 @@ class FlatBucket:
             view.copy_(param)
             param.data = view
         self._addresses = [view.data_ptr() for view in self.views]
+        # Owned whole, real and contiguous.
+        self._plain = [
+            piece.numel == view.numel() and view.is_contiguous() and not view.is_complex()
+            for piece, view in zip(self.pieces, self.views, strict=True)
+        ]
         self._packed: tuple[int | None, list[Tensor]] = (None, [])  # the address is 0 where empty
         # torch's dtype for "step"; more for a product of many factors, whose error would grow.
         counter = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
@@ -114,6 +119,8 @@ class FlatBucket:
         1-D, or of any dense shape where the piece is all of the param.
         """
         view = self.views[piece.span]
+        if self._plain[piece.span] and tensor.is_contiguous() and not tensor.is_neg():
+            return tensor  # nearly always, and several times as quick as what follows
         tensor = tensor.resolve_conj().resolve_neg()  # the kernel reads memory
         if tensor.stride() != view.stride():
             tensor = torch.empty_like(view).copy_(tensor)
@@ -149,6 +156,8 @@ class FlatBucket:
         """The run of shard elements ``[start, stop)``. Kept: the next step's call changes it."""
         run = self._runs.get((start, stop, amsgrad))
         if run is None:
+            if len(self._runs) > 4 * len(self.pieces):
+                self._runs.clear()  # other params have gradients at every step
             run = self._runs[start, stop, amsgrad] = Run(
                 self.shard[start:stop],
                 self.state["exp_avg"][start:stop],

@@ -25,8 +25,11 @@ def norm(reducer: GradReducer, backend: Backend, communicator: Communicator) -> 
     """
     words = exact_sum.zero(communicator.device)
     for grads in reducer.grads:
-        for _, _, grad in grads.owned():
-            backend.sum_squares(grad, words)
+        if grads.shard is not None:  # zero where there is no gradient
+            backend.sum_squares(grads.shard, words)
+            continue
+        for index in grads.owned():
+            backend.sum_squares(grads.in_place(index), words)
     communicator.sum_exactly(words)
     return exact_sum.root(words)
 

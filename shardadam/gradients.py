@@ -18,7 +18,6 @@ from shardadam.agreement import Point, digest, meet
 from shardadam.buffers import FlatBucket, describe
 from shardadam.collectives import Communicator
 from shardadam.kernels.run import state_dtype
-from shardadam.layout import Piece
 
 
 class BucketGrads:
@@ -50,20 +49,19 @@ class BucketGrads:
         """``param.grad`` of every span."""
         return [param.grad for param in self.bucket.params]
 
-    def owned(self) -> list[tuple[int, Piece, Tensor]]:
-        """This rank's pieces that have a gradient: span index, piece, its elements (1-D)."""
-        bucket, shard, local = self.bucket, self.shard, self.local()
-        owned = []
-        for index, piece in enumerate(bucket.pieces):
-            if piece.numel and self.present[index]:
-                if shard is not None:
-                    grad = shard[piece.shard_offset : piece.shard_offset + piece.numel]
-                else:
-                    full = local[index]
-                    assert full is not None
-                    grad = bucket.piece_of(piece, full)
-                owned.append((index, piece, grad))
-        return owned
+    def owned(self) -> list[int]:
+        """The spans of which this rank owns elements that have a gradient."""
+        return [
+            index
+            for index, piece in enumerate(self.bucket.pieces)
+            if piece.numel and self.present[index]
+        ]
+
+    def in_place(self, index: int) -> Tensor:
+        """This rank's piece of the ``param.grad`` of span ``index``, where there is no `shard`."""
+        grad = self.bucket.params[index].grad
+        assert grad is not None
+        return self.bucket.piece_of(self.bucket.pieces[index], grad)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -114,8 +112,8 @@ class GradReducer:
         for grads in self.grads:
             bucket = grads.bucket
             for name, param, grad in zip(bucket.names, bucket.params, grads.local(), strict=True):
-                if grad is not None:
-                    _check_grad(name, param, grad)
+                if grad is not None and not _fits(param, grad):
+                    raise _misfit(name, param, grad)
         if self.eager and not self._held:
             for grads in self.grads:
                 for name, done, grad in zip(
@@ -259,12 +257,10 @@ class GradReducer:
         local = grads.local()
         if self.eager:
             for index, (name, param) in enumerate(zip(bucket.names, bucket.params, strict=True)):
-                try:
-                    if (grad := local[index]) is not None:
-                        _check_grad(name, param, grad)
-                except (ValueError, RuntimeError) as error:
+                grad = local[index]
+                if grad is not None and not _fits(param, grad):
                     # The others wait in the exchange: join them, and raise when all meet.
-                    self._error = self._error or error
+                    self._error = self._error or _misfit(name, param, grad)
                     local[index] = None
         packed = self._communicator.buffer("packed", bucket.bucket.numel, bucket.dtype)
         bucket.pack(local, packed)
@@ -293,13 +289,24 @@ def _arrived(reducer: "weakref.ref[GradReducer]", index: int, param: Tensor) -> 
         alive.on_grad(index)
 
 
-def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
+def _fits(param: Tensor, grad: Tensor) -> bool:
+    """Whether a gradient is dense and like its param.
+
+    autograd and the setter of .grad see to most of it; a param changed by .data slips through.
+    """
+    return (
+        grad.layout is torch.strided
+        and grad.dtype == param.dtype
+        and grad.shape == param.shape
+        and grad.device == param.device
+    )
+
+
+def _misfit(name: str, param: Tensor, grad: Tensor) -> Exception:
     if grad.layout is not torch.strided:
-        raise RuntimeError(
+        return RuntimeError(
             f"{name}: Adam does not support sparse gradients, please consider SparseAdam instead"
         )
-    # autograd and the setter of .grad see to this; a param changed by .data slips through.
-    if grad.dtype != param.dtype or grad.device != param.device or grad.shape != param.shape:
-        raise ValueError(
-            f"{name}: expected a gradient like the param, {describe(param)}; found {describe(grad)}"
-        )
+    return ValueError(
+        f"{name}: expected a gradient like the param, {describe(param)}; found {describe(grad)}"
+    )

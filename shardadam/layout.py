@@ -84,7 +84,7 @@ class Bucket:
 
 
 def plan_buckets(
-    entries: Sequence[Entry], bucket_numel: int, world_size: int, alignment: int = ALIGNMENT
+    entries: Sequence[Entry], bucket_numel: int, world_size: int
 ) -> tuple[Bucket, ...]:
     """Pack ``entries`` (in registration order) into buckets.
 
@@ -95,25 +95,25 @@ def plan_buckets(
     open_entries: list[Entry] = []
     open_numel = 0
     for entry in reversed(entries):
-        numel = _round_up(entry.numel, alignment)
+        numel = _round_up(entry.numel)
         if open_entries and open_numel + numel > bucket_numel:
-            buckets.append(_close(open_entries, world_size, alignment))
+            buckets.append(_close(open_entries, world_size))
             open_entries, open_numel = [], 0
         open_entries.append(entry)
         open_numel += numel
     if open_entries:
-        buckets.append(_close(open_entries, world_size, alignment))
+        buckets.append(_close(open_entries, world_size))
     return tuple(buckets)
 
 
-def _close(entries: Sequence[Entry], world_size: int, alignment: int) -> Bucket:
+def _close(entries: Sequence[Entry], world_size: int) -> Bucket:
     spans = []
     offset = 0
     for entry in sorted(entries, key=lambda entry: entry.group):
         spans.append(Span(entry.param, entry.group, offset, entry.numel))
-        offset += _round_up(entry.numel, alignment)
-    return Bucket(tuple(spans), _round_up(-(-offset // world_size), alignment), world_size)
+        offset += _round_up(entry.numel)
+    return Bucket(tuple(spans), _round_up(-(-offset // world_size)), world_size)
 
 
-def _round_up(numel: int, alignment: int) -> int:
-    return -(-numel // alignment) * alignment
+def _round_up(numel: int) -> int:
+    return -(-numel // ALIGNMENT) * ALIGNMENT

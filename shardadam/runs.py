@@ -29,21 +29,29 @@ def bucket_runs(
     bucket, shard = grads.bucket, grads.shard
     scalars = list(zip(*(values.tolist() for values in advanced.values()), strict=True))
     shared: dict[tuple[int, tuple[float, ...]], Coefficients] = {}
-    runs: list[Run] = []
-    start, last = 0, -2
-    for index, piece, grad in grads.owned():
-        key = (bucket.bucket.spans[index].group, scalars[index])
-        group = param_groups[key[0]]
-        if key not in shared:
-            shared[key] = coefficients_of(group, *scalars[index])
-        stop = piece.shard_offset + piece.numel
-        if shard is not None and index == last + 1 and runs[-1].coefficients is shared[key]:
-            runs.pop()
-        else:
-            start = piece.shard_offset
-        if shard is not None:
-            grad = shard[start:stop]
-        amsgrad = bool(group.get("amsgrad", False))
-        runs.append(bucket.run(start, stop, grad, shared[key], amsgrad))
-        last = index
-    return runs
+    ranges: list[tuple[int, int, int, int, Coefficients]] = []
+    for index in grads.owned():
+        group = bucket.bucket.spans[index].group
+        key = (group, scalars[index])
+        coefficients = shared.get(key)
+        if coefficients is None:
+            coefficients = shared[key] = coefficients_of(param_groups[group], *scalars[index])
+        piece = bucket.pieces[index]
+        start, stop = piece.shard_offset, piece.shard_offset + piece.numel
+        if shard is not None and ranges:
+            last, first_start, *_, last_coefficients = ranges[-1]
+            if index == last + 1 and coefficients is last_coefficients:
+                ranges.pop()
+                start = first_start
+        ranges.append((index, start, stop, group, coefficients))
+    amsgrad = [bool(group.get("amsgrad", False)) for group in param_groups]
+    return [
+        bucket.run(
+            start,
+            stop,
+            grads.in_place(index) if shard is None else shard[start:stop],
+            coefficients,
+            amsgrad[group],
+        )
+        for index, start, stop, group, coefficients in ranges
+    ]

@@ -5,6 +5,7 @@ import time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardadam.kernels import exact_sum
 from shardadam.layout import ALIGNMENT, Bucket, Entry, plan_buckets
 
 NUMEL = st.one_of(st.integers(0, 3), st.integers(100, 300), st.integers(0, 20_000))
@@ -113,3 +114,7 @@ def test_the_picture_in_the_module():
     assert bucket.shard_numel == 384
     assert [piece.numel for piece in bucket.pieces(0)] == [200, 100, 0]
     assert [piece.numel for piece in bucket.pieces(1)] == [0, 0, 130]
+
+
+def test_blocks_of_the_norm_are_cut_nowhere():
+    assert ALIGNMENT % exact_sum.BLOCK == 0

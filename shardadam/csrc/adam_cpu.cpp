@@ -151,12 +151,13 @@ struct WithMaster {
 
 // `count` is a constant in full tiles, so that the loops below unroll into each other.
 template <class Format, class Grad, bool kAmsgrad, bool kNesterov, bool kL2>
-inline __attribute__((always_inline)) void update_tile(const Run& run, const Coefficients& c,
-                                                       int64_t start, int64_t count) {
+inline __attribute__((always_inline)) void update_tile(const Run& run, const void* all_grads,
+                                                       const Coefficients& c, int64_t start,
+                                                       int64_t count) {
   using Moment = typename Format::Moment;
   constexpr int64_t kTile = Format::kTile;
   const Format format(run);
-  const Grad* grads = static_cast<const Grad*>(run.grad) + start;
+  const Grad* grads = static_cast<const Grad*>(all_grads) + start;
   Moment* __restrict exp_avg = static_cast<Moment*>(run.exp_avg) + start;
   Moment* __restrict exp_avg_sq = static_cast<Moment*>(run.exp_avg_sq) + start;
   Moment* __restrict max_exp_avg_sq =
@@ -181,13 +182,15 @@ inline __attribute__((always_inline)) void update_tile(const Run& run, const Coe
 }
 
 template <class Format, class Grad, bool kAmsgrad, bool kNesterov, bool kL2>
-void update_range(const Run& run, int64_t begin, int64_t end) {
+void update_range(const Run& run, const void* grads, const Coefficients& coefficients,
+                  int64_t begin, int64_t end) {
   constexpr int64_t kTile = Format::kTile;
-  const Coefficients c = *run.coefficients;
+  const Coefficients c = coefficients;
   int64_t start = begin;
   for (; start + kTile <= end; start += kTile)
-    update_tile<Format, Grad, kAmsgrad, kNesterov, kL2>(run, c, start, kTile);
-  if (start < end) update_tile<Format, Grad, kAmsgrad, kNesterov, kL2>(run, c, start, end - start);
+    update_tile<Format, Grad, kAmsgrad, kNesterov, kL2>(run, grads, c, start, kTile);
+  if (start < end)
+    update_tile<Format, Grad, kAmsgrad, kNesterov, kL2>(run, grads, c, start, end - start);
 }
 
 template <class Format, class Grad>

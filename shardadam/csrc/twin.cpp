@@ -133,24 +133,29 @@ EXPORT void shardadam_use_openmp(void* parallel, void* thread_num, void* num_thr
   openmp.num_threads = reinterpret_cast<decltype(OpenMp::num_threads)>(num_threads);
 }
 
-// Updates `count` runs. Returns 0, or 1 + the index of the first run whose formats are unknown, in
-// which case nothing was changed.
-EXPORT int64_t shardadam_update(const Run* runs, int64_t count, int32_t threads) {
+// Updates `count` runs with their gradients and coefficients. Returns 0, or 1 + the index of the
+// first run whose formats are unknown, in which case nothing was changed.
+EXPORT int64_t shardadam_update(const Run* const* runs, const void* const* grads,
+                                const Coefficients* const* coefficients, int64_t count,
+                                int32_t threads) {
   const Loops& isa = *loops();
   std::vector<UpdateRange> updates;
   updates.reserve(size_t(count));
   int64_t total = 0;
   for (int64_t index = 0; index < count; ++index) {
-    const Run& run = runs[index];
-    updates.push_back(isa.update(run.param_format, run.grad_format, run.flags));
+    const Run& run = *runs[index];
+    const Coefficients& c = *coefficients[index];
+    const int32_t flags = (run.max_exp_avg_sq ? kFlagAmsgrad : 0) |
+                          (c.grad_to_update != 0 ? kFlagNesterov : 0) | (c.l2 != 0 ? kFlagL2 : 0);
+    updates.push_back(isa.update(run.param_format, run.grad_format, flags));
     if (!updates.back()) return 1 + index;
     total += run.numel;
   }
   parallel(total, parts_for(total, threads), [&](int32_t, int64_t begin, int64_t end) {
     walk(
-        count, [&](int64_t index) { return runs[index].numel; }, begin, end,
+        count, [&](int64_t index) { return runs[index]->numel; }, begin, end,
         [&](int64_t index, int64_t first, int64_t last) {
-          updates[size_t(index)](runs[index], first, last);
+          updates[size_t(index)](*runs[index], grads[index], *coefficients[index], first, last);
         });
   });
   return 0;

@@ -9,7 +9,7 @@
 
 namespace shardadam {
 
-constexpr int kAbiVersion = 1;
+constexpr int kAbiVersion = 2;
 
 // How a param is stored. kBf16Split: bf16 and a 16-bit remainder. kBf16Master, kFp16Master: the
 // param beside an fp32 copy that is its master weight.
@@ -17,20 +17,17 @@ enum ParamFormat : int32_t { kFloat32, kFloat64, kBf16Split, kBf16Master, kFp16M
 enum GradFormat : int32_t { kGradFloat32, kGradFloat64, kGradBf16, kGradFp16 };
 enum Flags : int32_t { kFlagAmsgrad = 1, kFlagNesterov = 2, kFlagL2 = 4 };
 
-// Contiguous elements that share hyperparameters. Moments are float (double with kFloat64).
+// Contiguous elements that share hyperparameters: what of them stays from step to step. Moments are
+// float (double with kFloat64).
 struct Run {
   void* param;
   void* master;  // int16 remainder, float master, or null
-  const void* grad;
   void* exp_avg;
   void* exp_avg_sq;
-  void* max_exp_avg_sq;  // null without kFlagAmsgrad
-  const Coefficients* coefficients;
+  void* max_exp_avg_sq;  // null without AMSGrad
   int64_t numel;
   int32_t param_format;
   int32_t grad_format;
-  int32_t flags;
-  int32_t reserved;
 };
 
 // An exact sum of doubles: a fixed-point number of 32-bit limbs, limb k worth 2^(32k - 1074), held
@@ -39,7 +36,8 @@ struct Run {
 constexpr int kLimbs = 68;
 constexpr int kSumWords = kLimbs + 2;
 
-using UpdateRange = void (*)(const Run&, int64_t begin, int64_t end);
+using UpdateRange = void (*)(const Run&, const void* grad, const Coefficients&, int64_t begin,
+                             int64_t end);
 using SumSquares = void (*)(const void* values, int64_t numel, int64_t* words);
 
 // One instruction set's loops.

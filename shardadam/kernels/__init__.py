@@ -16,10 +16,7 @@ from torch import Tensor
 from shardadam.kernels import cpu, reference
 from shardadam.kernels.run import Coefficients, Run
 
-__all__ = ["Backend", "Coefficients", "Run", "backend_for", "join_master", "split_master"]
-
-split_master = reference.split_master
-join_master = reference.join_master
+__all__ = ["Backend", "Coefficients", "Run", "backend_for", "supports"]
 
 
 class Backend(Protocol):

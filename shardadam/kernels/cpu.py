@@ -12,10 +12,10 @@ from torch import Tensor
 from shardadam.kernels import exact_sum
 from shardadam.kernels.run import Coefficients, Run
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _FILE = "libshardadam_cpu.dylib" if sys.platform == "darwin" else "libshardadam_cpu.so"
 
-# enum ParamFormat, GradFormat and Flags of csrc/twin.h
+# enum ParamFormat and GradFormat of csrc/twin.h
 _PARAM_FORMATS = {
     (torch.float32, None): 0,
     (torch.float64, None): 1,
@@ -24,37 +24,46 @@ _PARAM_FORMATS = {
     (torch.float16, torch.float32): 4,
 }
 _GRAD_FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_AMSGRAD, _NESTEROV, _L2 = 1, 2, 4
 
 
 class _Coefficients(ctypes.Structure):
     _fields_ = [(name, ctypes.c_double) for name in Coefficients.__slots__]
-    address: int
-    flags: int
-
-    @classmethod
-    def of(cls, values: Coefficients) -> "_Coefficients":
-        made = cls(*(getattr(values, name) for name in Coefficients.__slots__))
-        made.address = ctypes.addressof(made)
-        made.flags = (_NESTEROV if values.grad_to_update else 0) | (_L2 if values.l2 else 0)
-        return made
 
 
 class _Run(ctypes.Structure):
     _fields_ = [
         ("param", ctypes.c_void_p),
         ("master", ctypes.c_void_p),
-        ("grad", ctypes.c_void_p),
         ("exp_avg", ctypes.c_void_p),
         ("exp_avg_sq", ctypes.c_void_p),
         ("max_exp_avg_sq", ctypes.c_void_p),
-        ("coefficients", ctypes.c_void_p),
         ("numel", ctypes.c_int64),
         ("param_format", ctypes.c_int32),
         ("grad_format", ctypes.c_int32),
-        ("flags", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
     ]
+
+
+class _Prepared:
+    """A `Run` as the library takes it: what stays, made once."""
+
+    __slots__ = ("address", "grad_dtype", "struct")
+
+    def __init__(self, run: Run) -> None:
+        master, maximum = run.master, run.max_exp_avg_sq
+        self.grad_dtype = run.grad.dtype
+        self.struct = _Run(
+            param=run.param.data_ptr(),
+            master=None if master is None else master.data_ptr(),
+            exp_avg=run.exp_avg.data_ptr(),
+            exp_avg_sq=run.exp_avg_sq.data_ptr(),
+            max_exp_avg_sq=None if maximum is None else maximum.data_ptr(),
+            numel=run.param.numel(),
+            param_format=_PARAM_FORMATS.get(
+                (run.param.dtype, None if master is None else master.dtype), -1
+            ),
+            grad_format=_GRAD_FORMATS.get(run.grad.dtype, -1),
+        )
+        self.address = ctypes.addressof(self.struct)
 
 
 class Twin:
@@ -91,22 +100,22 @@ class Twin:
         Raises:
             ValueError: a combination of dtypes that no kernel exists for; nothing was changed.
         """
-        shared: dict[int, _Coefficients] = {}  # by identity, while `runs` keeps them alive
-        table = (_Run * len(runs))()
-        for index, run in enumerate(runs):
-            if run.prepared is None:
-                run.prepared = _prepare(run)
-            entry: _Run = run.prepared
-            coefficients = shared.get(id(run.coefficients))
-            if coefficients is None:
-                coefficients = shared[id(run.coefficients)] = _Coefficients.of(run.coefficients)
-            entry.coefficients = coefficients.address
-            entry.flags = (entry.flags & _AMSGRAD) | coefficients.flags
-            entry.grad = run.grad.data_ptr()
-            entry.grad_format = _GRAD_FORMATS.get(run.grad.dtype, -1)
-            table[index] = entry
+        shared: dict[int, _Coefficients] = {}  # by identity: `runs` keeps them alive
+        for run in runs:
+            if run.prepared is None or run.prepared.grad_dtype is not run.grad.dtype:
+                run.prepared = _Prepared(run)
+            if id(run.coefficients) not in shared:
+                shared[id(run.coefficients)] = _Coefficients(
+                    *(getattr(run.coefficients, name) for name in Coefficients.__slots__)
+                )
+        addresses = {key: ctypes.addressof(struct) for key, struct in shared.items()}
+        pointers = ctypes.c_void_p * len(runs)
         failed = self._library.shardadam_update(
-            table, ctypes.c_int64(len(runs)), ctypes.c_int32(torch.get_num_threads())
+            pointers(*[run.prepared.address for run in runs]),
+            pointers(*[run.grad.data_ptr() for run in runs]),
+            pointers(*[addresses[id(run.coefficients)] for run in runs]),
+            ctypes.c_int64(len(runs)),
+            ctypes.c_int32(torch.get_num_threads()),
         )
         if failed:
             raise ValueError(_no_kernel(runs[failed - 1]))
@@ -180,22 +189,6 @@ def _loaded_openmp() -> ctypes.CDLL | None:
     loaded = sorted(path for path in paths if Path(path).name.startswith("libgomp"))
     # With two of them loaded, which one torch uses can't be told.
     return ctypes.CDLL(loaded[0]) if len(loaded) == 1 else None
-
-
-def _prepare(run: Run) -> _Run:
-    master, maximum = run.master, run.max_exp_avg_sq
-    return _Run(
-        param=run.param.data_ptr(),
-        master=None if master is None else master.data_ptr(),
-        exp_avg=run.exp_avg.data_ptr(),
-        exp_avg_sq=run.exp_avg_sq.data_ptr(),
-        max_exp_avg_sq=None if maximum is None else maximum.data_ptr(),
-        numel=run.param.numel(),
-        param_format=_PARAM_FORMATS.get(
-            (run.param.dtype, None if master is None else master.dtype), -1
-        ),
-        flags=0 if maximum is None else _AMSGRAD,
-    )
 
 
 def _no_kernel(run: Run) -> str:

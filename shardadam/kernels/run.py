@@ -71,7 +71,7 @@ class Run:
     """Contiguous elements that one set of coefficients updates; all tensors are of one length.
 
     ``param``: float32, float64, bfloat16 or float16. ``master``: None; an int16 remainder (bfloat16
-    params: see `split_master`); or the float32 master weight of a bfloat16 or float16 param.
+    params: see `reference.split_master`); or the float32 master weight of a 16-bit param.
     ``grad``: float32, bfloat16 or float16; float64 with a float64 param. The moments are float32,
     float64 with a float64 param; ``max_exp_avg_sq`` makes it AMSGrad. ``grad`` may have any shape
     as long as its memory is dense.
