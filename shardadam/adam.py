@@ -1,4 +1,4 @@
-"""Adam, AdamW and NAdam: torch.optim's constructors, and the rule's coefficients."""
+"""Adam, AdamW and NAdam: torch.optim's constructors, and the rule's hyperparameters."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardadam.gradients import BucketGrads
-from shardadam.kernels import Coefficients
+from shardadam.kernels import Hyperparameters
 from shardadam.optimizer import ShardedOptimizer
 from shardadam.options import DEFAULT_BUCKET_BYTES, GradSync, Master, Options
 
@@ -45,25 +44,11 @@ _ARGUMENTS = """
 
 
 class _AdamRule(ShardedOptimizer):
-    """Adam's coefficients, with either weight decay."""
+    """Adam's hyperparameters, with either weight decay."""
 
-    def _coefficients(
-        self, grad_factor: float, group: dict[str, Any], *scalars: float
-    ) -> Coefficients:
-        (step,) = scalars
-        lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
-        return Coefficients.fold(
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            bias_correction2=1.0 - beta2**step,
-            exp_avg_rate=lr / (1.0 - beta1**step),
-            grad_rate=0.0,
-            lr=lr,
-            weight_decay=group["weight_decay"],
-            decoupled=isinstance(self, AdamW) or group.get("decoupled_weight_decay", False),
-            grad_factor=-grad_factor if group["maximize"] else grad_factor,
-        )
+    def _hyperparameters(self, group: dict[str, Any]) -> Hyperparameters:
+        decoupled = isinstance(self, AdamW) or group.get("decoupled_weight_decay", False)
+        return _shared(group, decoupled, None)
 
 
 class Adam(_AdamRule, torch.optim.Adam):
@@ -199,41 +184,26 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
         )
         self._shard(options)
 
-    def _advanced(self, grads: BucketGrads) -> dict[str, Tensor]:
-        advanced = super()._advanced(grads)
-        factors = [
-            _momentum(self.param_groups[span.group], step) if present else 1.0
-            for span, step, present in zip(
-                grads.bucket.bucket.spans, advanced["step"].tolist(), grads.present, strict=True
-            )
-        ]
-        products = grads.bucket.scalars["mu_product"]
-        return {**advanced, "mu_product": products * torch.tensor(factors, dtype=torch.float64)}
-
-    def _coefficients(
-        self, grad_factor: float, group: dict[str, Any], *scalars: float
-    ) -> Coefficients:
-        step, mu_product = scalars
-        lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
-        next_momentum = _momentum(group, step + 1)
-        return Coefficients.fold(
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            bias_correction2=1.0 - beta2**step,
-            exp_avg_rate=lr * next_momentum / (1.0 - mu_product * next_momentum),
-            grad_rate=lr * (1.0 - _momentum(group, step)) / (1.0 - mu_product),
-            lr=lr,
-            weight_decay=group["weight_decay"],
-            decoupled=group["decoupled_weight_decay"],
-            grad_factor=-grad_factor if group["maximize"] else grad_factor,
-        )
+    def _hyperparameters(self, group: dict[str, Any]) -> Hyperparameters:
+        return _shared(group, group["decoupled_weight_decay"], group["momentum_decay"])
 
 
-def _momentum(group: dict[str, Any], step: float) -> float:
-    """NAdam's momentum schedule (Dozat 2016): beta1 * (1 - 0.96^(step * momentum_decay) / 2)."""
-    decayed: float = 0.96 ** (step * group["momentum_decay"])
-    return float(group["betas"][0]) * (1.0 - 0.5 * decayed)
+def _shared(
+    group: dict[str, Any], decoupled: bool, momentum_decay: float | None
+) -> Hyperparameters:
+    lr = group["lr"]
+    beta1, beta2 = group["betas"]
+    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+    return Hyperparameters(
+        lr=lr if on_device else float(lr),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        decoupled=decoupled,
+        maximize=group["maximize"],
+        momentum_decay=momentum_decay,
+    )
 
 
 def _refuse(differentiable: bool) -> None:

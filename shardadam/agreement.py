@@ -11,7 +11,6 @@ has been changed yet.
 """
 
 import enum
-import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,16 +52,6 @@ class Range:
     def agreed(self) -> bool:
         """Whether every rank said the same."""
         return self.low == self.high
-
-
-def float_to_word(value: float) -> int:
-    """A non-negative float as a word that keeps its value and order."""
-    return int(struct.unpack("<q", struct.pack("<d", value))[0])
-
-
-def word_to_float(word: int) -> float:
-    """The float of `float_to_word`."""
-    return float(struct.unpack("<d", struct.pack("<q", word))[0])
 
 
 def digest(text: str | bytes) -> int:

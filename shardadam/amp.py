@@ -5,20 +5,52 @@ those ranks alone lower their scale; from then on gradients of different scales 
 optimizer brings them to the lowest before they are averaged.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-
-def found_inf(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether GradScaler found a non-finite gradient on this rank."""
-    found = getattr(optimizer, "found_inf", None)
-    return isinstance(found, Tensor) and bool(found.item())
+from shardadam.collectives import Communicator
 
 
-def grad_scale(optimizer: torch.optim.Optimizer) -> float:
-    """The loss scale that this rank's gradients still carry."""
-    scale = getattr(optimizer, "grad_scale", None)
-    return 1.0 if scale is None else float(scale)
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """What GradScaler says about the gradients, the same on all ranks; 0-dim tensors.
+
+    ``scale`` (float64) is the lowest of the ranks' loss scales, ``rescale`` what brings this rank's
+    gradients to it. ``skip`` (float32) is not 0 where a rank found a non-finite gradient. All None
+    without a GradScaler.
+    """
+
+    scale: Tensor | None = None
+    rescale: Tensor | None = None
+    skip: Tensor | None = None
+
+
+_ATTRIBUTES = ("grad_scale", "found_inf")
+
+
+def in_use(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a GradScaler is calling."""
+    return any(isinstance(getattr(optimizer, name, None), Tensor) for name in _ATTRIBUTES)
+
+
+def agree(optimizer: torch.optim.Optimizer, communicator: Communicator) -> Scaling:
+    """The scaling for all ranks, of which some may have no GradScaler. Collective."""
+    own, found = (
+        value.detach().to(communicator.device, dtype).reshape(())
+        if isinstance(value := getattr(optimizer, name, None), Tensor)
+        else torch.full((), default, dtype=dtype, device=communicator.device)
+        for name, dtype, default in zip(
+            _ATTRIBUTES, (torch.float64, torch.float32), (1.0, 0.0), strict=True
+        )
+    )
+    if communicator.world_size == 1:
+        return Scaling(scale=own, skip=found)
+    lowest, found = own.clone(), found.clone()
+    communicator.minimum(lowest)
+    communicator.maximum(found)
+    return Scaling(lowest, lowest / own, found)
 
 
 def check(optimizer: torch.optim.Optimizer) -> None:

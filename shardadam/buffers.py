@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardadam.kernels.run import Coefficients, Run, in_memory_order, state_dtype
+from shardadam.kernels import Coefficients, Run, Slot
+from shardadam.kernels.run import in_memory_order, state_dtype
 from shardadam.layout import Bucket, Piece
 
 
@@ -24,7 +25,7 @@ class FlatBucket:
 
     ``state`` maps "exp_avg", "exp_avg_sq" and, where used, "max_exp_avg_sq", "master" (float32) or
     "remainder" (int16) to tensors of ``bucket.shard_numel`` elements. ``scalars`` maps "step" (and
-    NAdam's "mu_product") to tensors of one element per span, on the host.
+    NAdam's "mu_product") to tensors of one element per span.
     """
 
     def __init__(
@@ -36,6 +37,8 @@ class FlatBucket:
         master: str | None,
         amsgrad: bool,
         scalars: dict[str, float],
+        *,
+        scalars_on_device: bool = False,
     ) -> None:
         self.bucket = bucket
         self.params = list(params)
@@ -60,11 +63,16 @@ class FlatBucket:
             for piece, view in zip(self.pieces, self.views, strict=True)
         ]
         self._packed: tuple[int | None, list[Tensor]] = (None, [])  # the address is 0 where empty
-        # torch's dtype for "step"; more for a product of many factors, whose error would grow.
-        counter = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        # torch's dtype for "step", which kernels count in float32; more for a product of many
+        # factors, whose error would grow.
+        doubles = torch.get_default_dtype() == torch.float64 and not scalars_on_device
+        counter = torch.float64 if doubles else torch.float32
         self.scalars = {
             name: torch.full(
-                (len(self.pieces),), initial, dtype=counter if name == "step" else torch.float64
+                (len(self.pieces),),
+                initial,
+                dtype=counter if name == "step" else torch.float64,
+                device=self.device if scalars_on_device else "cpu",
             )
             for name, initial in scalars.items()
         }
@@ -151,7 +159,7 @@ class FlatBucket:
         return shown
 
     def run(
-        self, start: int, stop: int, grad: Tensor, coefficients: Coefficients, amsgrad: bool
+        self, start: int, stop: int, grad: Tensor, coefficients: Coefficients | Slot, amsgrad: bool
     ) -> Run:
         """The run of shard elements ``[start, stop)``. Kept: the next step's call changes it."""
         run = self._runs.get((start, stop, amsgrad))

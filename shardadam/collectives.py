@@ -101,6 +101,16 @@ class Communicator:
             with self._says("summing the gradient norm"):
                 dist.all_reduce(words, group=self.process_group)
 
+    def minimum(self, tensor: Tensor) -> None:
+        """Take the smallest over the ranks, in place."""
+        with self._says("agreeing on the loss scale"):
+            dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.process_group)
+
+    def maximum(self, tensor: Tensor) -> None:
+        """Take the largest over the ranks, in place."""
+        with self._says("agreeing on whether to skip"):
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.process_group)
+
     def broadcast(self, tensor: Tensor) -> None:
         """Give every rank the first rank's tensor."""
         if self.world_size > 1 and tensor.numel():

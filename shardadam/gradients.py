@@ -8,13 +8,14 @@ which the full gradients are freed.
 
 import contextlib
 import functools
+import warnings
 import weakref
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from shardadam.agreement import Point, digest, meet
+from shardadam.agreement import Point, Range, digest, meet
 from shardadam.buffers import FlatBucket, describe
 from shardadam.collectives import Communicator
 from shardadam.kernels.run import state_dtype
@@ -82,6 +83,7 @@ class GradReducer:
         self._held = False  # gradients have been left in param.grad by no_sync()
         self._error: Exception | None = None  # for the end of the backward pass under way
         self._backward: int | None = None  # autograd's id of the backward pass under way
+        self._hint = self.exchanges
         self._launched = 0  # buckets whose reduction has been started in this backward pass
 
     def add(self, buckets: list[FlatBucket]) -> None:
@@ -149,13 +151,27 @@ class GradReducer:
         )
 
     def fingerprint(self) -> int:
-        """Of this rank's first gradient; 0 if that is all zero."""
+        """Of this rank's first gradient, until the ranks have been compared; 0 if all zero."""
+        if not self._hint:
+            return 0
         for grads in self.grads:
             for grad in grads.local():
                 if grad is not None and grad.numel():
                     total = float(grad.detach().abs().sum(dtype=torch.float64))
                     return digest(repr(total)) if total else 0
         return 0
+
+    def give_hint(self, fingerprints: Range) -> None:
+        """Say so, once, if the ranks' gradients are equal before they are averaged."""
+        if self._hint and fingerprints.agreed and fingerprints.high:
+            if self._communicator.rank == 0:
+                warnings.warn(
+                    "gradients are equal on all ranks already (a DDP wrapper?): averaging them "
+                    'once more is right but redundant. Pass grad_sync="none" to save it, or drop '
+                    "the wrapper",
+                    stacklevel=5,
+                )
+        self._hint = False
 
     def versions(self) -> list[tuple[Tensor, int] | None]:
         """The gradient of every param, kept alive, and how often it has been written."""
@@ -179,12 +195,12 @@ class GradReducer:
                 return name
         return None
 
-    def reduce(self, present: list[bool], rescale: float = 1.0) -> None:
+    def reduce(self, present: list[bool], rescale: Tensor | None = None) -> None:
         """Bring every bucket's gradients to where the update reads them.
 
         Args:
             present: as `presence`, but agreed on by all ranks.
-            rescale: this rank's gradients are multiplied by it first.
+            rescale: 0-dim; this rank's gradients are multiplied by it first.
         """
         offset = 0
         for grads in self.grads:
@@ -252,7 +268,7 @@ class GradReducer:
         self.reduce(present)
 
     @torch.no_grad()
-    def _reduce_bucket(self, grads: BucketGrads, rescale: float = 1.0) -> None:
+    def _reduce_bucket(self, grads: BucketGrads, rescale: Tensor | None = None) -> None:
         bucket = grads.bucket
         local = grads.local()
         if self.eager:
@@ -264,7 +280,7 @@ class GradReducer:
                     local[index] = None
         packed = self._communicator.buffer("packed", bucket.bucket.numel, bucket.dtype)
         bucket.pack(local, packed)
-        if rescale != 1.0:
+        if rescale is not None:
             packed.mul_(rescale)
         memory = grads.shard_memory()
         if grads.shard is None or not self.eager:

@@ -1,9 +1,7 @@
 """The sharded optimizer: what Adam, AdamW and NAdam share. `step()` reads as its phases."""
 
 import contextlib
-import functools
 import itertools
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,21 +10,14 @@ import torch
 from torch import Tensor
 
 from shardadam import amp, clipping, placement, state_dict
-from shardadam.agreement import (
-    Point,
-    Range,
-    digest,
-    first_difference,
-    float_to_word,
-    meet,
-    word_to_float,
-)
+from shardadam.agreement import Point, Range, digest, first_difference, meet
 from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
-from shardadam.gradients import BucketGrads, GradReducer
-from shardadam.kernels import Backend, Coefficients, Run, backend_for
+from shardadam.gradients import GradReducer
+from shardadam.kernels import Hyperparameters, Run, backend_for
 from shardadam.options import Options
 from shardadam.runs import bucket_runs
+from shardadam.steps import DeviceSteps, HostSteps, Planned, Steps
 
 _Seen = dict[str, Range]
 
@@ -35,7 +26,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """Adam's family, with its state sharded over the ranks of a process group.
 
     A mixin before the torch.optim class of the same name, which validates and keeps the
-    hyperparameters. A subclass adds its constructor and `_coefficients`.
+    hyperparameters. A subclass adds its constructor and `_hyperparameters`.
 
     Attributes:
         grad_norm: 0-dim tensor, the norm of all averaged and unscaled gradients at the last
@@ -56,12 +47,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         device = placement.single_device(self.param_groups)
         self._options = options
         self._communicator = Communicator(options.process_group, device)
-        self._backend: Backend = backend_for(device.type)
+        self._backend = backend_for(device)
+        self._steps: Steps = (
+            DeviceSteps(self._backend) if self._backend.folds_on_device else HostSteps()
+        )
         self._reducer = GradReducer(self._communicator, options.grad_sync, options.shard_grads)
         self._buckets: list[FlatBucket] = []
         self._clipped: clipping.Clipped | None = None
         self._broken: str | None = None
-        self._hint = self._reducer.exchanges
         self._places = {}
         self._place()
 
@@ -72,7 +65,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         settings = placement.hyperparameters(self.param_groups, self.defaults)
         settings += [type(self).__name__, *self._options.lines()]
         buckets = placement.place(
-            candidates, settings, self._scalars, self._communicator, self._options
+            candidates,
+            settings,
+            self._scalars,
+            self._communicator,
+            self._options,
+            scalars_on_device=self._backend.folds_on_device,
         )
         self._buckets += buckets
         self._reducer.add(buckets)
@@ -81,6 +79,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for bucket in buckets:
             self._places.update((param, (bucket, i)) for i, param in enumerate(bucket.params))
             self._show(bucket)
+            self._steps.watch(bucket)
 
     def _show(self, bucket: FlatBucket) -> None:
         """Let ``self.state`` show the bucket's state."""
@@ -123,12 +122,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         seen = self._meet(Point.STEP)
-        if not seen["found_inf"].high:
-            self._reduce(seen)
-            runs, advanced = self._plan(self._clip(seen))
+        scaling = self._scaling(seen)
+        if not self._skips(scaling):
+            self._reduce(seen, scaling)
+            factor = self._clip(scaling)
+            runs, steps = self._plan(factor)
             with self._broken_by_errors():
-                self._update(runs, advanced)
-                self._communicator.all_gather([bucket.flat for bucket in advanced])
+                skip = scaling.skip if self._backend.folds_on_device else None
+                self._steps.commit(steps, factor, skip)
+                self._backend.update(runs, skip)
+                self._communicator.all_gather([planned.bucket.flat for planned in steps])
+            for run in runs:
+                run.release()
             # Kernels write raw memory: autograd must learn that what it saved has changed.
             torch.autograd.graph.increment_version(self._reducer.updated())
         self._forget_grads()
@@ -150,9 +155,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             "hyperparameters": digest("\n".join(settings)),
             "present": digest(bytes(self._reducer.presence())),
             "unreduced": self._reducer.unreduced(),
-            "scale": float_to_word(amp.grad_scale(self)),
-            "found_inf": amp.found_inf(self) if point is Point.STEP else 0,
-            "gradients": self._reducer.fingerprint() if self._hint else 0,
+            "scaled": amp.in_use(self),
+            "gradients": self._reducer.fingerprint(),
         }
         seen = meet(self._communicator, point, words, error)
         if not seen["hyperparameters"].agreed:
@@ -161,10 +165,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if seen["late"].high:
             self._place()
             return self._meet(point, asked)
-        self._give_hint(seen)
+        self._reducer.give_hint(seen["gradients"])
         return seen
 
-    def _reduce(self, seen: _Seen) -> None:
+    def _scaling(self, seen: _Seen) -> amp.Scaling:
+        return amp.agree(self, self._communicator) if seen["scaled"].high else amp.Scaling()
+
+    def _skips(self, scaling: amp.Scaling) -> bool:
+        """Whether the host skips the step; on a GPU the kernels do."""
+        return not self._backend.folds_on_device and scaling.skip is not None and bool(scaling.skip)
+
+    def _reduce(self, seen: _Seen, scaling: amp.Scaling) -> None:
         """Average the gradients over the ranks, each rank getting its shard of the mean."""
         if self._clipped is not None:
             return  # clip_grad_norm_() has
@@ -177,50 +188,40 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     'grad_sync="none", but not every rank has gradients for the same params'
                 )
             present = self._communicator.union(present)
-        low, own = word_to_float(seen["scale"].low), amp.grad_scale(self)
-        self._reducer.reduce(present, rescale=low / own)
+        self._reducer.reduce(present, scaling.rescale)
 
-    def _clip(self, seen: _Seen) -> float:
+    def _clip(self, scaling: amp.Scaling) -> Tensor | None:
         """What the gradients are to be multiplied by: 1 / loss scale, and the clip coefficient."""
-        scale = word_to_float(seen["scale"].low)
+        coefficient = None
         if self._clipped is not None:
-            return self._clipped.coefficient / scale
-        max_norm = self._options.max_grad_norm
-        if max_norm is None:
+            coefficient = self._clipped.coefficient
+        elif self._options.max_grad_norm is None:
             self.grad_norm = None
-            return 1.0 / scale
-        return clipping.coefficient(self._measure_norm(scale), max_norm) / scale
+        else:
+            norm = self._measure_norm(scaling.scale)
+            coefficient = clipping.coefficient(norm, self._options.max_grad_norm)
+        if scaling.scale is None:
+            return coefficient
+        return (1.0 if coefficient is None else coefficient) / scaling.scale
 
-    def _plan(self, factor: float) -> tuple[list[Run], dict[FlatBucket, dict[str, Tensor]]]:
-        """The runs to be updated, and the touched buckets' scalars after it; changes nothing."""
+    def _plan(self, factor: Tensor | None) -> tuple[list[Run], list[Planned]]:
+        """The runs to be updated and the steps to be counted; changes nothing."""
         runs: list[Run] = []
-        advanced = {}
-        rule = functools.partial(self._coefficients, factor)
+        steps = []
+        hypers = [self._hyperparameters(group) for group in self.param_groups]
         for grads in self._reducer.grads:
             if any(grads.present):
-                if any(self.param_groups[group].get("amsgrad") for group in grads.bucket.groups):
-                    self._ensure_state(grads.bucket, "max_exp_avg_sq")
-                advanced[grads.bucket] = self._advanced(grads)
-                runs += bucket_runs(grads, advanced[grads.bucket], self.param_groups, rule)
-        return runs, advanced
+                bucket = grads.bucket
+                if any(self.param_groups[group].get("amsgrad") for group in bucket.groups):
+                    self._ensure_state(bucket, "max_exp_avg_sq")
+                planned = self._steps.plan(bucket, grads.present, hypers, factor)
+                steps.append(planned)
+                runs += bucket_runs(grads, planned.coefficients, self.param_groups)
+        self._backend.prepare(runs)
+        return runs, steps
 
-    def _advanced(self, grads: BucketGrads) -> dict[str, Tensor]:
-        """A bucket's scalars after this step, which counts where there is a gradient."""
-        return {"step": grads.bucket.scalars["step"] + torch.tensor(grads.present)}
-
-    def _update(self, runs: list[Run], advanced: dict[FlatBucket, dict[str, Tensor]]) -> None:
-        """Update this rank's shards."""
-        for bucket, scalars in advanced.items():
-            for name, values in scalars.items():
-                bucket.scalars[name].copy_(values)
-        self._backend.update(runs)
-        for run in runs:
-            run.release()
-
-    def _coefficients(
-        self, grad_factor: float, group: dict[str, Any], *scalars: float
-    ) -> Coefficients:
-        """The coefficients for a param of ``group`` whose `_scalars` will be ``scalars``."""
+    def _hyperparameters(self, group: dict[str, Any]) -> Hyperparameters:
+        """A param group's, as the rule reads them."""
         raise NotImplementedError
 
     # ---- gradients ------------------------------------------------------------------------------
@@ -241,11 +242,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         self._clipped = None
         seen = self._meet(Point.CLIP, f"max_norm={max_norm}, {error_if_nonfinite=}")
-        self._reduce(seen)
-        norm = self._measure_norm(1.0)
+        self._reduce(seen, self._scaling(seen))
+        norm = self._measure_norm(None)
         assert self.grad_norm is not None
-        if error_if_nonfinite and not self.grad_norm.isfinite():
-            raise RuntimeError(f"the total norm of the gradients is {norm}, it can't be clipped")
+        if error_if_nonfinite and not norm.isfinite():
+            raise RuntimeError(
+                f"the total norm of the gradients is {norm.item()}, it can't be clipped"
+            )
         coefficient = clipping.coefficient(norm, max_norm)
         self._clipped = clipping.Clipped(coefficient, self._reducer.versions())
         return self.grad_norm
@@ -270,9 +273,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._reducer.clear()
         self._clipped = None
 
-    def _measure_norm(self, scale: float) -> float:
-        norm = clipping.norm(self._reducer, self._backend, self._communicator) / scale
-        self.grad_norm = torch.tensor(norm, device=self._communicator.device)
+    def _measure_norm(self, scale: Tensor | None) -> Tensor:
+        norm = clipping.norm(self._reducer, self._backend, self._communicator)
+        if scale is not None:
+            norm = norm / scale
+        self.grad_norm = norm.to(torch.get_default_dtype())
         return norm
 
     # ---- checks ---------------------------------------------------------------------------------
@@ -295,17 +300,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     "expected clip_grad_norm_() after the last backward pass"
                 )
         amp.check(self)
-
-    def _give_hint(self, seen: _Seen) -> None:
-        if self._hint and seen["gradients"].agreed and seen["gradients"].high:
-            if self._communicator.rank == 0:
-                warnings.warn(
-                    "gradients are equal on all ranks already (a DDP wrapper?): averaging them "
-                    'once more is right but redundant. Pass grad_sync="none" to save it, or drop '
-                    "the wrapper",
-                    stacklevel=4,
-                )
-        self._hint = False
 
     @contextlib.contextmanager
     def _broken_by_errors(self) -> Iterator[None]:
@@ -368,6 +362,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 write()
             for bucket in self._buckets:
                 self._show(bucket)
+                self._steps.watch(bucket)
             self._forget_grads()
             return
         super().__setstate__(state)
@@ -383,6 +378,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 if name not in self.state[param]:
                     self._ensure_state(self._places[param][0], name)
                 self.state[param][name].copy_(value)
+        for bucket in self._buckets:
+            self._steps.watch(bucket)
 
     def __repr__(self) -> str:
         """Torch's, and what runs: ranks, gradients, memory, kernel."""

@@ -107,6 +107,8 @@ def place(
     scalars: dict[str, float],
     communicator: Communicator,
     options: Options,
+    *,
+    scalars_on_device: bool,
 ) -> list[FlatBucket]:
     """Lay out ``candidates`` and take their storage over. Collective.
 
@@ -118,6 +120,7 @@ def place(
         scalars: the per-param scalars of the state and their initial values.
         communicator: the ranks.
         options: the optimizer's.
+        scalars_on_device: whether the scalars are where the params are, or on the host.
 
     Raises:
         ValueError: a param that can't be optimized, or one that differs between ranks; every rank
@@ -167,6 +170,7 @@ def place(
                 masters[indices[0]],
                 keys[indices[0]][1],
                 scalars,
+                scalars_on_device=scalars_on_device,
             )
         )
     _share_values(flat_buckets, communicator)

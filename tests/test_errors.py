@@ -261,7 +261,7 @@ def lose_a_peer(rank: int, when: str) -> str:
         if when == "before the step":
             os._exit(0)
         # In the step, when everybody has agreed and reduced: in the kernel's place.
-        optimizer._update = lambda factor: os._exit(0)
+        optimizer._steps.commit = lambda *_: os._exit(0)
     with pytest.raises(RuntimeError) as first:
         optimizer.step()
     with pytest.raises(RuntimeError) as second:
@@ -297,7 +297,7 @@ def test_a_hyperparameter_that_is_no_number_changes_nothing():
     for name, value in (("eps", "small"), ("lr", None), ("betas", (1.0, 0.999))):
         good = optimizer.param_groups[0][name]
         optimizer.param_groups[0][name] = value
-        with pytest.raises((TypeError, ZeroDivisionError)):
+        with pytest.raises((TypeError, ValueError, ZeroDivisionError)):
             optimizer.step()
         optimizer.param_groups[0][name] = good
     assert same(before, values(model))

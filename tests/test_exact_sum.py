@@ -93,9 +93,9 @@ def test_twin_equals_reference(dtype, twin):
             values[numel // 2] = math.inf if numel % 2 else math.nan
         expected, found, threaded = (exact_sum.zero() for _ in range(3))
         reference.sum_squares(values, expected)
-        twin.sum_squares(values, found)
+        twin.sum_squares([values], found)
         torch.set_num_threads(2)
-        twin.sum_squares(values, threaded)
+        twin.sum_squares([values], threaded)
         torch.set_num_threads(1)
         assert torch.equal(found, expected)
         assert torch.equal(threaded, expected)
@@ -105,11 +105,11 @@ def test_threads_do_not_lose_each_others_terms(twin):
     # All into the same few words, so often that threads which shared them would collide.
     values = torch.full((2_000_003,), 1.7)
     expected = exact_sum.zero()
-    twin.sum_squares(values, expected)
+    twin.sum_squares([values], expected)
     torch.set_num_threads(2)
     for _ in range(50):
         words = exact_sum.zero()
-        twin.sum_squares(values, words)
+        twin.sum_squares([values], words)
         assert torch.equal(words, expected)
     torch.set_num_threads(1)
 
@@ -117,7 +117,7 @@ def test_threads_do_not_lose_each_others_terms(twin):
 def test_norm_of_a_large_tensor():
     values = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
     words = exact_sum.zero()
-    backend_for("cpu").sum_squares(values, words)
+    backend_for(torch.device("cpu")).sum_squares([values], words)
     expected = math.sqrt(math.fsum(value * value for value in values.double().tolist()))
     # Seven roundings of 2^-53 in a block's sum and one of the total, halved by the root; the root's
     # own; and the same two of what is expected, without the blocks.

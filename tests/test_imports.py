@@ -13,11 +13,12 @@ import shardadam
 PACKAGE = Path(shardadam.__file__).parent
 # Who may import whom: the modules of each line only those of the lines above it.
 LEVELS = [
-    ["layout", "kernels.exact_sum", "kernels.run"],
-    ["kernels.reference", "kernels.cpu"],
+    ["layout", "kernels.exact_sum", "kernels.coefficients", "kernels.cubins"],
+    ["kernels.run", "kernels.cuda_arguments"],
+    ["kernels.reference", "kernels.cpu", "kernels.cuda"],
     ["kernels"],
-    ["buffers", "collectives", "options", "amp"],
-    ["agreement"],
+    ["buffers", "collectives", "options"],
+    ["agreement", "amp", "steps"],
     ["gradients", "placement", "state_dict"],
     ["clipping", "runs"],
     ["optimizer"],
@@ -32,6 +33,8 @@ KNOW_ONLY = {
     "buffers": {"layout", "kernels"},
     "collectives": {"kernels"},
     "agreement": {"collectives"},
+    "amp": {"collectives"},
+    "steps": {"buffers", "kernels"},
 }
 
 

@@ -12,7 +12,6 @@ namespace shardadam {
 // A namespace per instruction set: the linker must not merge one's templates with another's.
 namespace SHARDADAM_ISA {
 
-constexpr int64_t kBlock = 128;  // of a sum of squares; elements
 constexpr int64_t kPrefetchBytes = 3072;
 
 // Work goes tile by tile: a 16-bit operand is widened into a small buffer first, in a loop of its
@@ -28,19 +27,6 @@ void prefetch(const T* values) {
   for (int64_t byte = 0; byte < kTile * int64_t(sizeof(T)); byte += 64)
     __builtin_prefetch(ahead + byte);
 }
-
-float decode(float value) { return value; }
-double decode(double value) { return value; }
-
-struct Bf16 {
-  uint16 bits;
-};
-float decode(Bf16 value) { return float_of_bf16(value.bits); }
-
-struct Fp16 {
-  uint16 bits;
-};
-float decode(Fp16 value) { return float_of_fp16(value.bits); }
 
 const float* widen(const float* values, int64_t, float*) { return values; }
 const double* widen(const double* values, int64_t, double*) { return values; }
@@ -66,7 +52,7 @@ struct Plain {
 };
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a float's lower half comes first");
-using Half = uint16 __attribute__((may_alias));
+using HalfOfFloat = uint16 __attribute__((may_alias));
 
 struct Bf16Split {
   using Moment = float;
@@ -80,7 +66,7 @@ struct Bf16Split {
   float* load(int64_t start, int64_t count, float* buffer) const {
     const uint16* __restrict high = param + start;
     const int16* __restrict low = remainder + start;
-    Half* __restrict halves = reinterpret_cast<Half*>(buffer);
+    HalfOfFloat* __restrict halves = reinterpret_cast<HalfOfFloat*>(buffer);
     for (int64_t i = 0; i < count; ++i) {
       halves[2 * i] = uint16(low[i]);
       halves[2 * i + 1] = uint16(high[i] + (low[i] >> 15));
@@ -96,7 +82,7 @@ struct Bf16Split {
       largest = magnitude > largest ? magnitude : largest;
     }
     if (is_nan_bits(largest)) return store_with_nan(start, count, buffer);
-    const Half* __restrict halves = reinterpret_cast<const Half*>(buffer);
+    const HalfOfFloat* __restrict halves = reinterpret_cast<const HalfOfFloat*>(buffer);
     for (int64_t i = 0; i < count; ++i) {
       const int16 rest = int16(halves[2 * i]);
       high[i] = uint16(halves[2 * i + 1] - (rest >> 15));
@@ -118,29 +104,26 @@ struct Bf16Split {
   }
 };
 
-// Where the param is no longer what its master was rounded to, somebody wrote it since the last
-// step (a loaded model, a clamp): then the param is right and its master is renewed.
-template <uint16 (*kEncode)(float), float (*kDecode)(uint16)>
+template <class Half>
 struct WithMaster {
   using Moment = float;
   static constexpr int64_t kTile = 128;
-  uint16* param;
+  Half* param;
   float* master;
   explicit WithMaster(const Run& run)
-      : param(static_cast<uint16*>(run.param)), master(static_cast<float*>(run.master)) {}
+      : param(static_cast<Half*>(run.param)), master(static_cast<float*>(run.master)) {}
   float* load(int64_t start, int64_t count, float* buffer) const {
-    const uint16* __restrict rounded = param + start;
+    const Half* __restrict rounded = param + start;
     const float* __restrict exact = master + start;
-    for (int64_t i = 0; i < count; ++i)
-      buffer[i] = kEncode(exact[i]) == rounded[i] ? exact[i] : kDecode(rounded[i]);
+    for (int64_t i = 0; i < count; ++i) buffer[i] = current_master(exact[i], rounded[i]);
     return buffer;
   }
   void store(int64_t start, int64_t count, const float* buffer) const {
-    uint16* __restrict rounded = param + start;
+    Half* __restrict rounded = param + start;
     float* __restrict exact = master + start;
     for (int64_t i = 0; i < count; ++i) {
       exact[i] = buffer[i];
-      rounded[i] = kEncode(buffer[i]);
+      rounded[i] = Half::of(buffer[i]);
     }
   }
   void prefetch(int64_t start) const {
@@ -222,38 +205,19 @@ UpdateRange pick(int32_t param_format, int32_t grad_format, int32_t flags) {
     case kFloat64:
       return grad_format == kGradFloat64 ? pick_flags<Plain<double>, double>(flags) : nullptr;
     case kBf16Split: return pick_grad<Bf16Split>(grad_format, flags);
-    case kBf16Master: return pick_grad<WithMaster<bf16_of, float_of_bf16>>(grad_format, flags);
-    case kFp16Master: return pick_grad<WithMaster<fp16_of, float_of_fp16>>(grad_format, flags);
+    case kBf16Master: return pick_grad<WithMaster<Bf16>>(grad_format, flags);
+    case kFp16Master: return pick_grad<WithMaster<Fp16>>(grad_format, flags);
     default: return nullptr;
   }
-}
-
-void add_exactly(double value, int64_t* words) {
-  uint64_t bits;
-  __builtin_memcpy(&bits, &value, 8);
-  const int exponent = int(bits >> 52) & 0x7ff;
-  uint64_t significand = bits & 0xfffffffffffffull;
-  if (exponent == 0x7ff) {
-    words[kLimbs + (significand ? 1 : 0)] += 1;
-    return;
-  }
-  if (exponent) significand |= 1ull << 52;
-  const int position = exponent ? exponent - 1 : 0;  // value = significand * 2^(position - 1074)
-  const int shift = position % 32;
-  const uint64_t low = (significand & 0xffffffffu) << shift;
-  const uint64_t high = (significand >> 32) << shift;
-  int64_t* limb = words + position / 32;
-  limb[0] += int64_t(low & 0xffffffffu);
-  limb[1] += int64_t((low >> 32) + (high & 0xffffffffu));
-  limb[2] += int64_t(high >> 32);
 }
 
 void split(const float* master, uint16* param, int16* remainder, int64_t numel) {
   Run run{};
   run.param = param;
   run.master = remainder;
-  for (int64_t start = 0; start < numel; start += kBlock)
-    Bf16Split(run).store(start, numel - start < kBlock ? numel - start : kBlock, master + start);
+  constexpr int64_t kTile = Bf16Split::kTile;
+  for (int64_t start = 0; start < numel; start += kTile)
+    Bf16Split(run).store(start, numel - start < kTile ? numel - start : kTile, master + start);
 }
 
 void join(const uint16* param, const int16* remainder, float* master, int64_t numel) {
@@ -263,21 +227,20 @@ void join(const uint16* param, const int16* remainder, float* master, int64_t nu
   Bf16Split(run).load(0, numel, master);
 }
 
-// Squares are summed in double over each block of 128 elements by halving (64 + 64, 32 + 32, …,
-// the order a warp can keep), and the blocks' sums are added up exactly.
 template <class Grad>
 void sum_squares(const void* values, int64_t numel, int64_t* words) {
   const Grad* __restrict grad = static_cast<const Grad*>(values);
-  for (int64_t start = 0; start < numel; start += kBlock) {
-    double squares[kBlock] = {};
-    const int64_t count = numel - start < kBlock ? numel - start : kBlock;
+  for (int64_t start = 0; start < numel; start += kSumBlock) {
+    double squares[kSumBlock] = {};
+    const int64_t count = numel - start < kSumBlock ? numel - start : kSumBlock;
     for (int64_t i = 0; i < count; ++i) {
       const double value = decode(grad[start + i]);
       squares[i] = value * value;
     }
-    for (int64_t half = kBlock / 2; half > 0; half /= 2)
+    for (int64_t half = kSumBlock / 2; half > 0; half /= 2)
       for (int64_t i = 0; i < half; ++i) squares[i] += squares[i + half];
-    add_exactly(squares[0], words);
+    const Terms terms = terms_of(squares[0]);
+    for (int i = 0; i < 3; ++i) words[terms.word + i] += terms.at[i];
   }
 }
 

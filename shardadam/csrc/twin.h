@@ -6,16 +6,12 @@
 #include <cstdint>
 
 #include "adam_update.h"
+#include "exact_sum.h"
+#include "formats.h"
 
 namespace shardadam {
 
 constexpr int kAbiVersion = 2;
-
-// How a param is stored. kBf16Split: bf16 and a 16-bit remainder. kBf16Master, kFp16Master: the
-// param beside an fp32 copy that is its master weight.
-enum ParamFormat : int32_t { kFloat32, kFloat64, kBf16Split, kBf16Master, kFp16Master };
-enum GradFormat : int32_t { kGradFloat32, kGradFloat64, kGradBf16, kGradFp16 };
-enum Flags : int32_t { kFlagAmsgrad = 1, kFlagNesterov = 2, kFlagL2 = 4 };
 
 // Contiguous elements that share hyperparameters: what of them stays from step to step. Moments are
 // float (double with kFloat64).
@@ -29,12 +25,6 @@ struct Run {
   int32_t param_format;
   int32_t grad_format;
 };
-
-// An exact sum of doubles: a fixed-point number of 32-bit limbs, limb k worth 2^(32k - 1074), held
-// in 64 bits each so that 2^31 additions can't overflow; the last two count infinities and NaNs.
-// Integers add up to the same total in any order, so the norm can't depend on the world size.
-constexpr int kLimbs = 68;
-constexpr int kSumWords = kLimbs + 2;
 
 using UpdateRange = void (*)(const Run&, const void* grad, const Coefficients&, int64_t begin,
                              int64_t end);

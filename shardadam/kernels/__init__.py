@@ -13,53 +13,94 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shardadam.kernels import cpu, reference
-from shardadam.kernels.run import Coefficients, Run
+from shardadam.kernels import cpu, cuda, exact_sum, reference
+from shardadam.kernels.coefficients import Coefficients, Hyperparameters, fold
+from shardadam.kernels.cuda_arguments import Row
+from shardadam.kernels.run import Run, Slot
 
-__all__ = ["Backend", "Coefficients", "Run", "backend_for", "supports"]
+__all__ = [
+    "Backend",
+    "Coefficients",
+    "Hyperparameters",
+    "Row",
+    "Run",
+    "Slot",
+    "backend_for",
+    "fold",
+    "supports",
+]
 
 
 class Backend(Protocol):
-    """What computes."""
+    """What computes.
+
+    ``folds_on_device``: it has `Cuda.advance`, which counts steps and folds coefficients where the
+    params are, and `update` can be told on the device to skip.
+    """
+
+    @property
+    def folds_on_device(self) -> bool:
+        """See above."""
 
     @property
     def name(self) -> str:
         """What it is, for the user."""
 
-    def update(self, runs: Sequence[Run]) -> None:
+    def prepare(self, runs: Sequence[Run]) -> None:
+        """Make sure that `update` can take ``runs``; nothing has been changed if it raises."""
+
+    def update(self, runs: Sequence[Run], skip: Tensor | None = None) -> None:
         """Update every run in place."""
 
-    def sum_squares(self, values: Tensor, words: Tensor) -> None:
-        """Add the squares of ``values`` to an exact sum (`kernels.exact_sum`)."""
+    def sum_squares(self, values: Sequence[Tensor], words: Tensor) -> None:
+        """Add the squares of all ``values`` to an exact sum (`kernels.exact_sum`)."""
+
+    def root(self, words: Tensor) -> Tensor:
+        """The square root of an exact sum, a 0-dim float64 tensor on its device."""
 
 
 @dataclass(frozen=True)
 class _Reference:
     name: str
+    folds_on_device: bool = False
 
-    def update(self, runs: Sequence[Run]) -> None:
+    def prepare(self, runs: Sequence[Run]) -> None:
+        pass
+
+    def update(self, runs: Sequence[Run], skip: Tensor | None = None) -> None:
+        assert skip is None, "the host knows, and calls this or not"
         for run in runs:
             reference.update(run)
 
-    def sum_squares(self, values: Tensor, words: Tensor) -> None:
-        reference.sum_squares(values, words)
+    def sum_squares(self, values: Sequence[Tensor], words: Tensor) -> None:
+        for tensor in values:
+            reference.sum_squares(tensor, words)
+
+    def root(self, words: Tensor) -> Tensor:
+        return torch.tensor(exact_sum.root(words), dtype=torch.float64, device=words.device)
 
 
 @functools.cache
-def backend_for(device_type: str) -> Backend:
-    """The backend for tensors on ``device_type``: the compiled twin on CPU, else torch operations.
+def backend_for(device: torch.device) -> Backend:
+    """The backend for ``device``: compiled kernels on CPU and CUDA, else torch operations.
 
-    Both give the same bits; the twin is faster by more than an order of magnitude.
+    All give the same bits; the kernels are faster by more than an order of magnitude.
+
+    Raises:
+        ValueError: a GPU that is too old.
     """
-    if device_type == "cpu":
+    compiled: Backend | None
+    if device.type == "cpu":
         library, why_not = cpu.load()
-        if library is not None:
-            return cpu.Twin(library)
-        warnings.warn(
-            f"shardadam updates in torch operations, which is slow: {why_not}", stacklevel=2
-        )
-        return _Reference(f"torch operations on CPU ({why_not})")
-    return _Reference(f"torch operations on {device_type} (no {device_type} kernel yet)")
+        compiled = None if library is None else cpu.Twin(library)
+    elif device.type == "cuda" and torch.version.hip is None:
+        compiled, why_not = cuda.load(device)
+    else:
+        return _Reference(f"torch operations on {device.type} (no {device.type} kernel)")
+    if compiled is not None:
+        return compiled
+    warnings.warn(f"shardadam updates in torch operations, which is slow: {why_not}", stacklevel=2)
+    return _Reference(f"torch operations on {device.type} ({why_not})")
 
 
 def supports(dtype: torch.dtype) -> bool:

@@ -10,20 +10,11 @@ import torch
 from torch import Tensor
 
 from shardadam.kernels import exact_sum
-from shardadam.kernels.run import Coefficients, Run
+from shardadam.kernels.coefficients import Coefficients
+from shardadam.kernels.run import GRAD_FORMATS, Run
 
 _ABI_VERSION = 2
 _FILE = "libshardadam_cpu.dylib" if sys.platform == "darwin" else "libshardadam_cpu.so"
-
-# enum ParamFormat and GradFormat of csrc/twin.h
-_PARAM_FORMATS = {
-    (torch.float32, None): 0,
-    (torch.float64, None): 1,
-    (torch.bfloat16, torch.int16): 2,
-    (torch.bfloat16, torch.float32): 3,
-    (torch.float16, torch.float32): 4,
-}
-_GRAD_FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 class _Coefficients(ctypes.Structure):
@@ -58,16 +49,16 @@ class _Prepared:
             exp_avg_sq=run.exp_avg_sq.data_ptr(),
             max_exp_avg_sq=None if maximum is None else maximum.data_ptr(),
             numel=run.param.numel(),
-            param_format=_PARAM_FORMATS.get(
-                (run.param.dtype, None if master is None else master.dtype), -1
-            ),
-            grad_format=_GRAD_FORMATS.get(run.grad.dtype, -1),
+            param_format=-1 if run.param_format is None else run.param_format,
+            grad_format=GRAD_FORMATS.get(run.grad.dtype, -1),
         )
         self.address = ctypes.addressof(self.struct)
 
 
 class Twin:
     """The compiled twin as a `Backend`. Threads follow ``torch.get_num_threads()``."""
+
+    folds_on_device = False
 
     def __init__(self, library: ctypes.CDLL) -> None:
         library.shardadam_isa.restype = ctypes.c_char_p
@@ -94,12 +85,16 @@ class Twin:
         """For tests: use another instruction set from now on; False if it can't run here."""
         return not self._library.shardadam_use_isa(ctypes.c_char_p(isa.encode()))
 
-    def update(self, runs: Sequence[Run]) -> None:
+    def prepare(self, runs: Sequence[Run]) -> None:
+        """Nothing: every kernel is there."""
+
+    def update(self, runs: Sequence[Run], skip: Tensor | None = None) -> None:
         """Update every run in place, in one call.
 
         Raises:
             ValueError: a combination of dtypes that no kernel exists for; nothing was changed.
         """
+        assert skip is None, "the host knows, and calls this or not"
         shared: dict[int, _Coefficients] = {}  # by identity: `runs` keeps them alive
         for run in runs:
             if run.prepared is None or run.prepared.grad_dtype is not run.grad.dtype:
@@ -118,19 +113,24 @@ class Twin:
             ctypes.c_int32(torch.get_num_threads()),
         )
         if failed:
-            raise ValueError(_no_kernel(runs[failed - 1]))
+            raise ValueError(runs[failed - 1].no_kernel)
 
-    def sum_squares(self, values: Tensor, words: Tensor) -> None:
-        """Add the squares of ``values`` to the exact sum ``words``."""
+    def sum_squares(self, values: Sequence[Tensor], words: Tensor) -> None:
+        """Add the squares of all ``values`` to the exact sum ``words``."""
         assert words.numel() == exact_sum.WORDS
-        failed = self._library.shardadam_sum_squares(
-            ctypes.c_void_p(values.data_ptr()),
-            ctypes.c_int64(values.numel()),
-            ctypes.c_int32(_GRAD_FORMATS[values.dtype]),
-            ctypes.c_void_p(words.data_ptr()),
-            ctypes.c_int32(torch.get_num_threads()),
-        )
-        assert not failed
+        for tensor in values:
+            failed = self._library.shardadam_sum_squares(
+                ctypes.c_void_p(tensor.data_ptr()),
+                ctypes.c_int64(tensor.numel()),
+                ctypes.c_int32(GRAD_FORMATS[tensor.dtype]),
+                ctypes.c_void_p(words.data_ptr()),
+                ctypes.c_int32(torch.get_num_threads()),
+            )
+            assert not failed
+
+    def root(self, words: Tensor) -> Tensor:
+        """The square root of an exact sum, a 0-dim float64 tensor."""
+        return torch.tensor(exact_sum.root(words), dtype=torch.float64)
 
     def split(self, master: Tensor) -> tuple[Tensor, Tensor]:
         """As `reference.split_master`."""
@@ -189,8 +189,3 @@ def _loaded_openmp() -> ctypes.CDLL | None:
     loaded = sorted(path for path in paths if Path(path).name.startswith("libgomp"))
     # With two of them loaded, which one torch uses can't be told.
     return ctypes.CDLL(loaded[0]) if len(loaded) == 1 else None
-
-
-def _no_kernel(run: Run) -> str:
-    master = "no master" if run.master is None else f"a {run.master.dtype} master"
-    return f"no kernel for {run.param.dtype} params with {master} and {run.grad.dtype} gradients"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shardadam.kernels import exact_sum
+from shardadam.kernels.coefficients import Coefficients
 from shardadam.kernels.run import Run, in_memory_order
 
 _INT16_MAX = 0x7FFF
@@ -16,6 +17,7 @@ _INT16_MAX = 0x7FFF
 def update(run: Run) -> None:
     """Update ``run`` in place. Equal to the compiled kernels bit for bit."""
     c = run.coefficients
+    assert isinstance(c, Coefficients)
     param = _master(run).double()
     grad = in_memory_order(run.grad).double()
     if c.l2:

@@ -1,67 +1,37 @@
 """What a kernel is given: runs of elements, and the coefficients they share."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shardadam.kernels.coefficients import Coefficients
 
-@dataclass(frozen=True, slots=True)
-class Coefficients:
-    """What every element with the same hyperparameters and step shares.
 
-    Fields and their folding are explained once, at ``struct Coefficients`` in
-    ``csrc/adam_update.h``, whose layout this is.
+@dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """Coefficients that are folded on the device: row ``index`` of ``table``.
+
+    ``table``: float64, (any number, 10), in the order of `Coefficients`. ``nesterov`` and ``l2``:
+    which terms of the rule they use, which the host has to know.
     """
 
-    beta1: float
-    beta2: float
-    grad_to_exp_avg: float
-    grad_to_exp_avg_sq: float
-    grad_to_update: float
-    exp_avg_to_update: float
-    epsilon: float
-    keep: float
-    l2: float
-    grad_factor: float
+    table: Tensor
+    index: int
+    nesterov: bool
+    l2: bool
 
-    @staticmethod
-    def fold(
-        *,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        bias_correction2: float,
-        exp_avg_rate: float,
-        grad_rate: float,
-        lr: float,
-        weight_decay: float,
-        decoupled: bool,
-        grad_factor: float,
-    ) -> "Coefficients":
-        """From the textbook's numbers.
 
-        The update is ``(exp_avg_rate * m + grad_rate * g) / (sqrt(v / bias_correction2) + eps)``,
-        and ``grad_factor`` multiplies the gradient first of all.
-        """
-        root = math.sqrt(bias_correction2)
-        l2 = 0.0 if decoupled else weight_decay
-        folded = 1.0 if l2 else grad_factor
-        return Coefficients(
-            beta1=beta1,
-            beta2=beta2,
-            grad_to_exp_avg=(1.0 - beta1) * folded,
-            grad_to_exp_avg_sq=(1.0 - beta2) * (folded * folded),
-            grad_to_update=grad_rate * root * folded,
-            exp_avg_to_update=exp_avg_rate * root,
-            epsilon=eps * root,
-            keep=1.0 - lr * weight_decay if decoupled else 1.0,
-            l2=l2,
-            grad_factor=grad_factor,
-        )
-
+# enum ParamFormat, by the dtypes of param and master, and enum GradFormat of csrc/formats.h
+PARAM_FORMATS = {
+    (torch.float32, None): 0,
+    (torch.float64, None): 1,
+    (torch.bfloat16, torch.int16): 2,
+    (torch.bfloat16, torch.float32): 3,
+    (torch.float16, torch.float32): 4,
+}
+GRAD_FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 _NO_GRAD = torch.empty(0)
 
@@ -74,7 +44,7 @@ class Run:
     params: see `reference.split_master`); or the float32 master weight of a 16-bit param.
     ``grad``: float32, bfloat16 or float16; float64 with a float64 param. The moments are float32,
     float64 with a float64 param; ``max_exp_avg_sq`` makes it AMSGrad. ``grad`` may have any shape
-    as long as its memory is dense.
+    as long as its memory is dense. ``coefficients`` are a `Slot` where the backend folds them.
     """
 
     param: Tensor
@@ -83,9 +53,23 @@ class Run:
     max_exp_avg_sq: Tensor | None
     master: Tensor | None
     grad: Tensor
-    coefficients: Coefficients
+    coefficients: Coefficients | Slot
     prepared: Any = None
     """A backend's own form of the tensors that stay, made once."""
+
+    @property
+    def param_format(self) -> int | None:
+        """The code of the dtypes of param and master; None if no kernel knows them."""
+        master = None if self.master is None else self.master.dtype
+        return PARAM_FORMATS.get((self.param.dtype, master))
+
+    @property
+    def no_kernel(self) -> str:
+        """The error for dtypes that no kernel exists for."""
+        master = "no master" if self.master is None else f"a {self.master.dtype} master"
+        return (
+            f"no kernel for {self.param.dtype} params with {master} and {self.grad.dtype} gradients"
+        )
 
     def release(self) -> None:
         """Let go of the gradient: runs are kept from step to step, gradients must not be."""

@@ -1,0 +1,329 @@
+"""The CUDA kernels: found or compiled on first use, launched on torch's current stream.
+
+Nothing here waits for the device, and what a launch reads it reads on the device or by value: so
+all of it may be captured in a CUDA graph, once every kernel is loaded. Importing this module loads
+nothing.
+"""
+
+import ctypes
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardadam.kernels import cubins, exact_sum
+from shardadam.kernels.coefficients import Coefficients
+from shardadam.kernels.cuda_arguments import (
+    AMSGRAD,
+    L2,
+    NESTEROV,
+    PIECES,
+    ROWS,
+    THREADS,
+    Batch,
+    Pieces,
+    Row,
+    Rows,
+    pointer,
+    row_of,
+)
+from shardadam.kernels.run import GRAD_FORMATS, Run, Slot, in_memory_order
+
+OLDEST = (7, 0)
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """What of a run stays from step to step: its kernel, and where it lies from where."""
+
+    kernel: Any
+    grad_dtype: torch.dtype
+    terms: tuple[bool, bool]
+    start: int
+    bases: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Launch:
+    """Runs of one kernel on one bucket, and the arguments to launch it with."""
+
+    kernel: Any
+    runs: list[Run]
+    batch: Batch
+    parts: int
+
+
+@dataclass(slots=True)
+class _Launches:
+    """What a step launched, and for what; it keeps all of it alive."""
+
+    runs: list[Run]
+    coefficients: list[Coefficients | Slot]
+    prepared: list[_Prepared]
+    slots: list[Slot]
+    launches: list[_Launch]
+
+    def fit(self, runs: Sequence[Run], coefficients: Sequence[Coefficients | Slot]) -> bool:
+        """Whether they are right for these, too."""
+        return (
+            len(runs) == len(self.runs)
+            and all(map(operator.is_, runs, self.runs))
+            and all(map(operator.is_, coefficients, self.coefficients))
+            and all(map(operator.is_, (run.prepared for run in runs), self.prepared))
+        )
+
+
+class Cuda:
+    """The CUDA kernels on one device, as a `Backend`."""
+
+    folds_on_device = True
+
+    def __init__(self, device: torch.device, arch: str, compiler: str) -> None:
+        self._device = device
+        self._arch = arch
+        self._compiler = compiler
+        self._kernels: dict[tuple[Any, ...], Any] = {}
+        self._last: _Launches | None = None
+
+    @property
+    def name(self) -> str:
+        """With the architecture compiled for, and the compiler."""
+        return f"CUDA kernel ({self._arch}, NVRTC {self._compiler})"
+
+    # ---- the update -----------------------------------------------------------------------------
+
+    def prepare(self, runs: Sequence[Run]) -> None:
+        """Have every kernel loaded that ``runs`` need.
+
+        Raises:
+            ValueError: tensors that no kernel can take.
+            RuntimeError: a kernel would have to be compiled while a CUDA graph is captured.
+        """
+        for run in runs:
+            prepared = run.prepared
+            if (
+                prepared is None
+                or prepared.grad_dtype is not run.grad.dtype
+                or prepared.terms != _terms(run.coefficients)
+            ):
+                run.prepared = self._prepare(run)
+
+    def update(self, runs: Sequence[Run], skip: Tensor | None = None) -> None:
+        """Update every run in place; none where ``skip`` (float32, 0-dim) is not 0."""
+        self.prepare(runs)
+        for launch in self._launches_for(runs):
+            launch.batch.grads.point([run.grad for run in launch.runs])
+            launch.batch.skip = pointer(skip)
+            self._launch(launch.kernel, launch.parts, THREADS, launch.batch)
+
+    def _prepare(self, run: Run) -> _Prepared:
+        self._check(run)
+        grad_format = GRAD_FORMATS.get(run.grad.dtype)
+        doubles = [run.param.dtype is torch.float64, run.grad.dtype is torch.float64]
+        if run.param_format is None or grad_format is None or any(doubles) != all(doubles):
+            raise ValueError(run.no_kernel)
+        nesterov, l2 = _terms(run.coefficients)
+        flags = NESTEROV * nesterov + L2 * l2 + AMSGRAD * (run.max_exp_avg_sq is not None)
+        kernel = self._kernel(
+            "adam_cuda.cu",
+            "shardadam_update",
+            SHARDADAM_PARAM=run.param_format,
+            SHARDADAM_GRAD=grad_format,
+            SHARDADAM_FLAGS=flags,
+        )
+        # The bucket's tensors: they all start at the same element of the shard.
+        start = int(run.exp_avg.storage_offset())
+        bases = tuple(
+            0 if tensor is None else int(tensor.data_ptr()) - start * tensor.element_size()
+            for tensor in (run.param, run.master, run.exp_avg, run.exp_avg_sq, run.max_exp_avg_sq)
+        )
+        return _Prepared(kernel, run.grad.dtype, (nesterov, l2), start, bases)
+
+    def _check(self, run: Run) -> None:
+        kept = {
+            "param": run.param,
+            "exp_avg": run.exp_avg,
+            "exp_avg_sq": run.exp_avg_sq,
+            "max_exp_avg_sq": run.max_exp_avg_sq,
+            "master": run.master,
+            "grad": in_memory_order(run.grad),
+        }
+        for name, tensor in kept.items():
+            if tensor is None:
+                continue
+            if tensor.device != self._device:
+                raise ValueError(f"{name} of a run is on {tensor.device}: expected {self._device}")
+            if not tensor.is_contiguous() or tensor.numel() != run.param.numel():
+                raise ValueError(
+                    f"{name} of a run has shape {tuple(tensor.shape)} and strides "
+                    f"{tensor.stride()}: expected {run.param.numel()} contiguous elements"
+                )
+
+    def _launches_for(self, runs: Sequence[Run]) -> list[_Launch]:
+        """The launches for ``runs``; the last step's where these are the same."""
+        coefficients = [run.coefficients for run in runs]
+        if self._last is not None and self._last.fit(runs, coefficients):
+            return self._last.launches
+        by_identity = {id(given): given for given in coefficients}
+        shared = {key: self._slot(given) for key, given in by_identity.items()}
+        slots = [shared[id(given)] for given in coefficients]
+        groups: dict[tuple[Any, ...], list[tuple[Run, Slot]]] = {}
+        for run, slot in zip(runs, slots, strict=True):
+            if run.param.numel():
+                prepared = run.prepared
+                key = (id(prepared.kernel), prepared.bases, slot.table.data_ptr())
+                groups.setdefault(key, []).append((run, slot))
+        launches = [
+            _launch_of(group[first : first + PIECES])
+            for group in groups.values()
+            for first in range(0, len(group), PIECES)
+        ]
+        self._last = _Launches(
+            list(runs), coefficients, [run.prepared for run in runs], slots, launches
+        )
+        return launches
+
+    def _slot(self, coefficients: Coefficients | Slot) -> Slot:
+        if isinstance(coefficients, Slot):
+            return coefficients
+        values = [getattr(coefficients, name) for name in Coefficients.__slots__]
+        table = torch.tensor([values], dtype=torch.float64, device=self._device)
+        return Slot(table, 0, *_terms(coefficients))
+
+    # ---- steps and coefficients -----------------------------------------------------------------
+
+    def advance(
+        self, rows: Sequence[Row], factor: Tensor | None = None, skip: Tensor | None = None
+    ) -> None:
+        """Count a step of the spans in ``rows`` and fold their coefficients.
+
+        ``factor`` (float64, 0-dim) multiplies gradients; where ``skip`` (float32, 0-dim) is not 0
+        nothing happens.
+        """
+        kernel = self._kernel("coefficients_cuda.cu", "shardadam_advance")
+        for first in range(0, len(rows), ROWS):
+            members = rows[first : first + ROWS]
+            arguments = Rows(factor=pointer(factor), skip=pointer(skip))
+            for index, row in enumerate(members):
+                arguments.row[index] = row_of(row)
+            self._launch(kernel, len(members), THREADS, arguments)
+
+    # ---- the norm -------------------------------------------------------------------------------
+
+    def sum_squares(self, values: Sequence[Tensor], words: Tensor) -> None:
+        """Add the squares of all ``values`` to the exact sum ``words``."""
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in values:
+            if tensor.numel():
+                by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        for dtype, tensors in by_dtype.items():
+            kernel = self._kernel(
+                "norm_cuda.cu", "shardadam_sum_squares", SHARDADAM_GRAD=GRAD_FORMATS[dtype]
+            )
+            for first in range(0, len(tensors), PIECES):
+                members = tensors[first : first + PIECES]
+                pieces = Pieces()
+                parts = pieces.fill([tensor.numel() for tensor in members])
+                pieces.point(members)
+                # Each block adds its sum to the total once: no more blocks than keep it busy.
+                blocks = min(parts, 16 * self._multiprocessors)
+                self._launch(kernel, blocks, THREADS, pieces, ctypes.c_void_p(words.data_ptr()))
+
+    def root(self, words: Tensor) -> Tensor:
+        """The square root of an exact sum, a 0-dim float64 tensor."""
+        assert words.numel() == exact_sum.WORDS
+        root = torch.empty((), dtype=torch.float64, device=self._device)
+        kernel = self._kernel("norm_cuda.cu", "shardadam_root", SHARDADAM_GRAD=0)
+        pointers = ctypes.c_void_p(words.data_ptr()), ctypes.c_void_p(root.data_ptr())
+        self._launch(kernel, 1, 1, *pointers)
+        return root
+
+    @property
+    def _multiprocessors(self) -> int:
+        return int(torch.cuda.get_device_properties(self._device).multi_processor_count)
+
+    # ---- kernels --------------------------------------------------------------------------------
+
+    def _kernel(self, source: str, name: str, **defines: int) -> Any:
+        key = (source, name, *defines.items())
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a kernel has to be compiled and loaded, which can't be done while a CUDA "
+                    "graph is captured: expected a step() before, with gradients for the same "
+                    "params"
+                )
+            from cuda.core import ObjectCode
+
+            cubin = cubins.compiled(source, self._arch, defines)
+            with torch.cuda.device(self._device):
+                kernel = ObjectCode.from_cubin(cubin).get_kernel(name)
+            self._kernels[key] = kernel
+        return kernel
+
+    def _launch(self, kernel: Any, blocks: int, threads: int, *arguments: Any) -> None:
+        """Launch on torch's current stream. By cuda-bindings: cuda-core takes no structs."""
+        from cuda.bindings import driver
+
+        addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream(self._device).cuda_stream
+            (result,) = driver.cuLaunchKernel(
+                driver.CUfunction(int(kernel.handle)),
+                *(blocks, 1, 1),
+                *(threads, 1, 1),
+                0,
+                stream,
+                ctypes.addressof(addresses),
+                0,
+            )
+        if int(result):
+            raise RuntimeError(f"launching a CUDA kernel failed: {result}")
+
+
+def load(device: torch.device) -> tuple[Cuda | None, str]:
+    """The kernels for ``device``, or None and a short reason.
+
+    Raises:
+        ValueError: a GPU that is older than what they are written for.
+    """
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        raise ValueError(
+            f"{torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]}: expected {OLDEST[0]}.{OLDEST[1]} or newer"
+        )
+    try:
+        version, supported = cubins.nvrtc()
+    except cubins.CompilerMissing as missing:
+        return None, str(missing)
+    arch = cubins.architecture(capability, supported)
+    if arch is None:
+        return None, (
+            f"NVRTC {version} does not compile for compute capability "
+            f"{capability[0]}.{capability[1]}: another nvidia-cuda-nvrtc is needed"
+        )
+    return Cuda(device, arch, version), ""
+
+
+def _terms(coefficients: Coefficients | Slot) -> tuple[bool, bool]:
+    """Whether the rule's Nesterov and L2 terms are used."""
+    if isinstance(coefficients, Slot):
+        return coefficients.nesterov, coefficients.l2
+    return coefficients.grad_to_update != 0, coefficients.l2 != 0
+
+
+def _launch_of(members: Sequence[tuple[Run, Slot]]) -> _Launch:
+    runs = [run for run, _ in members]
+    batch = Batch()
+    parts = batch.grads.fill([run.param.numel() for run in runs])
+    batch.start[: len(runs)] = [run.prepared.start for run in runs]
+    batch.coefficient[: len(runs)] = [slot.index for _, slot in members]
+    first: _Prepared = runs[0].prepared
+    batch.param, batch.master, batch.exp_avg, batch.exp_avg_sq, batch.max_exp_avg_sq = first.bases
+    batch.coefficients = members[0][1].table.data_ptr()
+    return _Launch(first.kernel, runs, batch, parts)

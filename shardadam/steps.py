@@ -1,0 +1,221 @@
+"""The step counters of every param, and the coefficients that follow from them.
+
+A param's step counts where it has a gradient, so params of one group may stand at different steps.
+Planning changes nothing; `commit` does. There are two ways: on the host, which then knows all
+numbers, and on the device, for which a step waits for nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from shardadam.buffers import FlatBucket
+from shardadam.kernels import Coefficients, Hyperparameters, Row, Slot, fold
+
+_KEPT = 64  # patterns of which params have gradients
+
+
+@dataclass(slots=True)
+class Planned:
+    """One bucket's next step: a span's ``coefficients``, one object where they are the same."""
+
+    bucket: FlatBucket
+    coefficients: list[Coefficients | Slot | None]
+    scalars: dict[str, Tensor] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+
+class Steps(Protocol):
+    """How steps are counted."""
+
+    def watch(self, bucket: FlatBucket) -> None:
+        """Count for ``bucket`` from now on; also to be called when its scalars were written."""
+
+    def plan(
+        self,
+        bucket: FlatBucket,
+        present: Sequence[bool],
+        hypers: Sequence[Hyperparameters],
+        factor: Tensor | None,
+    ) -> Planned:
+        """A step for the spans that have a gradient; ``hypers`` are those of all param groups."""
+
+    def commit(
+        self, planned: Sequence[Planned], factor: Tensor | None, skip: Tensor | None
+    ) -> None:
+        """Count what was planned, unless ``skip`` is not 0."""
+
+
+class HostSteps:
+    """Steps on the host."""
+
+    def watch(self, bucket: FlatBucket) -> None:
+        """Nothing to do."""
+
+    def plan(
+        self,
+        bucket: FlatBucket,
+        present: Sequence[bool],
+        hypers: Sequence[Hyperparameters],
+        factor: Tensor | None,
+    ) -> Planned:
+        """As in `Steps`."""
+        spans = bucket.bucket.spans
+        counted = bucket.scalars["step"] + torch.tensor(present)
+        scalars = {"step": counted}
+        steps = counted.tolist()
+        products = [1.0] * len(spans)
+        if "mu_product" in bucket.scalars:
+            products = bucket.scalars["mu_product"].tolist()
+            for index, span in enumerate(spans):
+                if present[index]:
+                    products[index] *= hypers[span.group].momentum(steps[index])
+            scalars["mu_product"] = torch.tensor(products, dtype=torch.float64)
+        grad_factor = 1.0 if factor is None else float(factor)
+        shared: dict[tuple[float, ...], Coefficients] = {}
+        coefficients: list[Coefficients | Slot | None] = [None] * len(spans)
+        for index, span in enumerate(spans):
+            if present[index]:
+                key = (span.group, steps[index], products[index])
+                if key not in shared:
+                    shared[key] = fold(
+                        hypers[span.group], steps[index], products[index], grad_factor
+                    )
+                coefficients[index] = shared[key]
+        return Planned(bucket, coefficients, scalars=scalars)
+
+    def commit(
+        self, planned: Sequence[Planned], factor: Tensor | None, skip: Tensor | None
+    ) -> None:
+        """As in `Steps`."""
+        assert skip is None, "the host knows, and calls this or not"
+        for plan in planned:
+            for name, values in plan.scalars.items():
+                plan.bucket.scalars[name].copy_(values)
+
+
+class DeviceSteps:
+    """Steps on the device.
+
+    The host does not see them. What it needs to know is which neighbours are always at the same
+    step: those that were when it last looked, and have had gradients at the same steps since.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self._known: dict[FlatBucket, _Known] = {}
+
+    def watch(self, bucket: FlatBucket) -> None:
+        """As in `Steps`; waits for the device."""
+        self._known[bucket] = _Known(bucket)
+
+    def plan(
+        self,
+        bucket: FlatBucket,
+        present: Sequence[bool],
+        hypers: Sequence[Hyperparameters],
+        factor: Tensor | None,
+    ) -> Planned:
+        """As in `Steps`."""
+        known = self._known[bucket]
+        slots = known.slots_for(present, hypers)
+        mask = known.mask(present)
+        spans = [span.group for span in bucket.bucket.spans]
+        rows = []
+        for group in bucket.groups:
+            hyper = hypers[group]
+            lr = hyper.lr if isinstance(hyper.lr, Tensor) else None
+            rows.append(
+                Row(
+                    hyper=hyper,
+                    lr=None if lr is None else lr.to(torch.float64),
+                    step=bucket.scalars["step"],
+                    mu_product=bucket.scalars.get("mu_product"),
+                    present=mask,
+                    coefficients=known.table,
+                    first=spans.index(group),
+                    count=spans.count(group),
+                )
+            )
+        return Planned(bucket, slots, rows=rows)
+
+    def commit(
+        self, planned: Sequence[Planned], factor: Tensor | None, skip: Tensor | None
+    ) -> None:
+        """As in `Steps`."""
+        self._backend.advance([row for plan in planned for row in plan.rows], factor, skip)
+
+
+class _Known:
+    """What the host knows of a bucket's steps on the device."""
+
+    def __init__(self, bucket: FlatBucket) -> None:
+        self._groups = [span.group for span in bucket.bucket.spans]
+        self.table = torch.zeros(
+            (len(self._groups), len(Coefficients.__slots__)),
+            dtype=torch.float64,
+            device=bucket.device,
+        )
+        self._device = bucket.device
+        # Spans of one group and class are at the same step.
+        scalars = [values.tolist() for values in bucket.scalars.values()]
+        numbers: dict[Any, int] = {}
+        self._classes = [
+            numbers.setdefault(key, len(numbers)) for key in zip(*scalars, strict=True)
+        ]
+        self._slots: dict[tuple[bool, ...], list[Coefficients | Slot | None]] = {}
+        self._terms: list[tuple[bool, bool]] = []
+        self._masks: dict[tuple[bool, ...], Tensor] = {}
+
+    def slots_for(
+        self, present: Sequence[bool], hypers: Sequence[Hyperparameters]
+    ) -> list[Coefficients | Slot | None]:
+        """Where the coefficients of every span with a gradient will be."""
+        terms = [
+            (hyper.momentum_decay is not None, not hyper.decoupled and hyper.weight_decay != 0)
+            for hyper in hypers
+        ]
+        if terms != self._terms:
+            self._terms = terms
+            self._slots.clear()
+        pattern = tuple(present)
+        if pattern not in self._slots:
+            if len(self._slots) > _KEPT:
+                self._slots.clear()
+            self._part(present)
+            shared: dict[tuple[int, int], Slot] = {}
+            self._slots[pattern] = [
+                shared.setdefault((group, number), Slot(self.table, index, *terms[group]))
+                if there
+                else None
+                for index, (group, number, there) in enumerate(
+                    zip(self._groups, self._classes, present, strict=True)
+                )
+            ]
+        return self._slots[pattern]
+
+    def mask(self, present: Sequence[bool]) -> Tensor | None:
+        """``present`` on the device; None if it is all true."""
+        if all(present):
+            return None
+        pattern = tuple(present)
+        if pattern not in self._masks:
+            if len(self._masks) > _KEPT:
+                self._masks.clear()
+            host = torch.tensor(present)
+            if self._device.type == "cuda":
+                host = host.pin_memory()  # a copy from other memory waits for the device
+            self._masks[pattern] = host.to(self._device, non_blocking=True)
+        return self._masks[pattern]
+
+    def _part(self, present: Sequence[bool]) -> None:
+        """From now on, spans with and without a gradient are of different classes."""
+        numbers: dict[Any, int] = {}
+        pairs = zip(self._classes, present, strict=True)
+        classes = [numbers.setdefault(pair, len(numbers)) for pair in pairs]
+        if max(classes, default=0) != max(self._classes, default=0):
+            self._classes = classes
+            self._slots.clear()

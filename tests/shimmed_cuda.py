@@ -1,0 +1,88 @@
+"""The CUDA backend with its kernels compiled for, and launched on, the CPU (cuda_on_cpu/)."""
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import shardadam
+from shardadam.kernels import cuda
+
+_SHIM = Path(__file__).with_name("cuda_on_cpu")
+_CSRC = Path(shardadam.__file__).with_name("csrc")
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    compiler = os.environ.get("CXX") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    with tempfile.TemporaryDirectory() as folder:
+        built = f"{folder}/kernels.so"
+        subprocess.run(
+            [
+                *(compiler, "-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno"),
+                *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"),
+                *(
+                    "-I",
+                    str(_CSRC),
+                    "-include",
+                    str(_SHIM / "shim.h"),
+                    str(_SHIM / "kernels.cpp"),
+                    "-o",
+                    built,
+                ),
+            ],
+            check=True,
+        )
+        return ctypes.CDLL(built)
+
+
+class ShimmedCuda(cuda.Cuda):
+    """`Cuda` for CPU tensors. ``grid``: blocks and threads of a launch instead of the usual."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"), "sm_00", "shim")
+        self.library = library()
+        self.grid: tuple[int, int] | None = None
+        self.blocks: range | None = None
+        self.launched: list[str] = []
+
+    @property
+    def _multiprocessors(self) -> int:
+        return 1
+
+    def _kernel(self, source, name, **defines):
+        return self._kernels.setdefault((source, name, *defines.items()), (name, defines))
+
+    def _launch(self, kernel, blocks, threads, *arguments):
+        name, defines = kernel
+        self.launched.append(name)
+        if self.grid is not None and name == "shardadam_update":
+            blocks, threads = self.grid
+        first, *rest = arguments
+        address = ctypes.c_void_p(ctypes.addressof(first))
+        if name == "shardadam_update":
+            codes = (defines[f"SHARDADAM_{key}"] for key in ("PARAM", "GRAD", "FLAGS"))
+            chosen = self.blocks or range(blocks)
+            failed = self.library.update(
+                *codes,
+                address,
+                ctypes.c_int64(chosen.start),
+                ctypes.c_int64(chosen.stop),
+                *(ctypes.c_uint32(blocks), ctypes.c_uint32(threads)),
+            )
+            assert not failed, defines
+        elif name == "shardadam_sum_squares":
+            self.library.sum(defines["SHARDADAM_GRAD"], address, *rest, ctypes.c_uint32(blocks))
+        elif name == "shardadam_root":
+            self.library.root(first, *rest)
+        else:
+            assert name == "shardadam_advance"
+            self.library.advance(address, ctypes.c_uint32(blocks), ctypes.c_uint32(threads))

@@ -1,0 +1,346 @@
+"""The CUDA kernels as NVRTC compiles them, and the cache of what it has compiled.
+
+No GPU is needed for this, so every machine checks what a GPU will be given: whole accesses, nothing
+spilled, nothing fused, registers few enough.
+"""
+
+import collections
+import concurrent.futures
+import errno
+import importlib.util
+import itertools
+import multiprocessing
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernel_runs import FORMATS, VARIANTS
+from shardadam.kernels import cubins, cuda
+from shardadam.kernels.run import GRAD_FORMATS, PARAM_FORMATS
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="NVIDIA's compiler comes as a wheel for Linux"
+)
+
+THREADS, REGISTERS, MAX_BLOCKS = 128, 65_536, 16  # of a multiprocessor, the least of sm_80 … sm_121
+# What must be under way on a multiprocessor to keep memory busy (Little's law): the loads' part,
+# 16 of 28 bytes, of 8 TB/s for 800 ns over 148 multiprocessors (B200, the most demanding).
+BYTES_UNDER_WAY = 16 / 28 * 8e12 * 800e-9 / 148
+
+
+def tool(name: str) -> str:
+    """One of NVIDIA's binaries, from its wheel."""
+    found = shutil.which(name)
+    if found is None:
+        spec = importlib.util.find_spec("nvidia")
+        paths = [
+            path
+            for root in spec.submodule_search_locations
+            for path in Path(root).glob(f"*/bin/{name}")
+        ]
+        assert paths, f"{name} is not installed: pip install 'shardadam[dev]'"
+        found = str(paths[0])
+    return found
+
+
+def architectures() -> list[str]:
+    _, supported = cubins.nvrtc()
+    assert {80, 90, 100} <= set(supported)
+    return [f"sm_{arch}" for arch in supported if arch in (80, 90) or arch >= 100]
+
+
+def update_defines() -> list[tuple[tuple, tuple, dict[str, int]]]:
+    return [
+        (
+            formats,
+            (amsgrad, nesterov, l2),
+            {
+                "SHARDADAM_PARAM": PARAM_FORMATS[formats[:2]],
+                "SHARDADAM_GRAD": GRAD_FORMATS[formats[2]],
+                "SHARDADAM_FLAGS": amsgrad + 2 * nesterov + 4 * l2,
+            },
+        )
+        for formats in FORMATS
+        for amsgrad, nesterov, l2 in VARIANTS
+    ]
+
+
+def inspect(source: str, arch: str, defines: dict[str, int]) -> tuple:
+    """Compile, take apart: the compiler's words, registers, local memory, memory instructions."""
+    cubin, log = cubins.compile_now(source, arch, defines)
+    path = Path(f"/dev/shm/shardadam-{os.getpid()}.cubin")
+    path.write_bytes(cubin)
+    try:
+        usage, sass = (
+            subprocess.run([tool(name), *options, path], capture_output=True, text=True, check=True)
+            for name, *options in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    finally:
+        path.unlink()
+    resources = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout)
+    accesses = collections.Counter(
+        (kind, 16 if ".128" in rest else 0)
+        for kind, rest in re.findall(r"\b(LDG|STG|LDL|STL)((?:\.\w+)*)", sass.stdout)
+    )
+    registers = max(int(count) for count, *_ in resources)
+    local = sum(int(stack) + int(memory) for _, stack, memory in resources)
+    return log, registers, local, accesses
+
+
+def whole_accesses(formats: tuple, amsgrad: bool) -> tuple[int, int]:
+    """Loads and stores of 16 bytes for as many elements as the kernel takes at a time."""
+    param, master, grad = formats
+    moment = 8 if param == torch.float64 else 4
+    smallest = min(dtype.itemsize for dtype in formats if dtype is not None)
+    elements = 4 if smallest == 8 else 8
+    state = [param.itemsize, *([] if master is None else [master.itemsize])]
+    state += [moment] * (3 if amsgrad else 2)
+    stores = sum(size * elements // 16 for size in state)
+    return stores + grad.itemsize * elements // 16, stores
+
+
+def check_update(arch: str, formats: tuple, variant: tuple, defines: dict[str, int]) -> str | None:
+    """What is wrong with a variant."""
+    log, registers, local, accesses = inspect("adam_cuda.cu", arch, defines)
+    loads, stores = whole_accesses(formats, variant[0])
+    blocks = min(MAX_BLOCKS, REGISTERS // (THREADS * (registers + -registers % 8)))
+    under_way = blocks * THREADS * 16 * loads
+    spilled = accesses["LDL", 0] + accesses["STL", 0] + accesses["LDL", 16] + accesses["STL", 16]
+    for wrong, what in (
+        (bool(log.strip()), log),
+        (local or spilled, f"{local} bytes of local memory, {spilled} accesses to it"),
+        (accesses["LDG", 16] != loads, f"{accesses['LDG', 16]} whole loads, expected {loads}"),
+        (accesses["STG", 16] != stores, f"{accesses['STG', 16]} whole stores, expected {stores}"),
+        (under_way < BYTES_UNDER_WAY, f"{registers} registers: {under_way} bytes under way"),
+    ):
+        if wrong:
+            return f"{arch} {formats} {variant}: {what}"
+    return None
+
+
+def test_every_variant_for_every_architecture(capsys):
+    jobs = [(arch, *job) for arch in architectures() for job in update_defines()]
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    with concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool:
+        found = pool.map(check_update, *zip(*jobs, strict=True), chunksize=16)
+        wrong = [fault for fault in found if fault]
+    with capsys.disabled():
+        print(f"\n{len(jobs)} variants of the CUDA update compiled and checked: ", end="")
+        print(f"{len(update_defines())} for each of {', '.join(architectures())}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("source", ["norm_cuda.cu", "coefficients_cuda.cu"])
+def test_the_small_kernels(source):
+    grads = GRAD_FORMATS.values() if source == "norm_cuda.cu" else [0]
+    for arch, grad in itertools.product(architectures(), grads):
+        log, registers, local, accesses = inspect(source, arch, {"SHARDADAM_GRAD": grad})
+        assert not log.strip()
+        assert not local and not accesses["LDL", 0] and not accesses["STL", 0], (arch, grad)
+        assert registers <= 64
+
+
+def ptx(source: str, defines: dict[str, int]) -> str:
+    """As text, before the assembler expands divisions. (cuda-core asks for a driver first.)"""
+    from cuda.bindings import nvrtc
+
+    folder = cubins._SOURCES
+    _, program = nvrtc.nvrtcCreateProgram((folder / source).read_bytes(), b"", 0, [], [])
+    options = [
+        *("-arch=compute_80", "-std=c++17", "--fmad=false", f"-I{folder}"),
+        *(f"-D{name}={value}" for name, value in defines.items()),
+    ]
+    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    assert not int(result)
+    _, size = nvrtc.nvrtcGetPTXSize(program)
+    text = b" " * size
+    nvrtc.nvrtcGetPTX(program, text)
+    return text.decode()
+
+
+def test_nothing_is_fused():
+    for _, _, defines in update_defines():
+        assert not re.search(r"\b(fma|mad)\.\w*\.?f(32|64)", ptx("adam_cuda.cu", defines))
+    for source in ("norm_cuda.cu", "coefficients_cuda.cu"):
+        assert not re.search(r"\b(fma|mad)\.\w*\.?f(32|64)", ptx(source, {"SHARDADAM_GRAD": 0}))
+    assert cubins._OPTIONS["fma"] is False
+
+
+def test_the_check_for_fusing_finds_it(tmp_path, monkeypatch):
+    (tmp_path / "fused.cu").write_text(
+        'extern "C" __global__ void f(double* x) { x[0] = __fma_rn(x[1], x[2], x[3]); }'
+    )
+    monkeypatch.setattr(cubins, "_SOURCES", tmp_path)
+    assert re.search(r"\b(fma|mad)\.\w*\.?f(32|64)", ptx("fused.cu", {}))
+
+
+def test_the_rule_is_nowhere_else():
+    # A kernel that computes with moments itself would be a second rule.
+    text = (cubins._SOURCES / "adam_cuda.cu").read_text()
+    code = re.sub(r"//.*", "", text)
+    names = r"(masters|averages|squares|largest|exp_avg|exp_avg_sq|max_exp_avg_sq|x\.\w+)(\[\w+\])?"
+    assert not re.search(rf"{names}\s*[*/-](?![*>])", code)
+    assert not re.search(r"\b(sqrt|fmax|fma)\w*\(", code)
+
+
+# ---- architectures ------------------------------------------------------------------------------
+
+
+def test_which_architecture_is_compiled_for():
+    supported = [75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121]
+    for capability, expected in (
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_86"),
+        ((9, 0), "sm_90"),
+        ((10, 3), "sm_103"),
+        ((10, 1), "sm_100"),  # cubins run on later minors
+        ((12, 1), "sm_121"),
+        ((7, 0), None),
+        ((13, 0), None),
+    ):
+        assert cubins.architecture(capability, supported) == expected
+
+
+def test_a_missing_compiler_is_said_in_one_sentence(monkeypatch):
+    for missing in ("cuda.core", "cuda.bindings"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, missing, None)
+            with pytest.raises(cubins.CompilerMissing, match=r'pip install "shardadam\[cuda\]"'):
+                cubins.nvrtc()
+
+
+def test_what_happens_without_a_kernel(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    kernels, _ = cuda.load(torch.device("cuda", 0))
+    assert re.fullmatch(r"CUDA kernel \(sm_90, NVRTC \d+\.\d+\)", kernels.name)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "cuda.core", None)
+        kernels, why_not = cuda.load(torch.device("cuda", 0))
+        assert kernels is None and "pip install" in why_not and "\n" not in why_not
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (99, 0))
+    kernels, why_not = cuda.load(torch.device("cuda", 0))
+    assert kernels is None and "does not compile for compute capability 99.0" in why_not
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    with pytest.raises(ValueError, match=r"A GPU has compute capability 6\.1: expected 7\.0"):
+        cuda.load(torch.device("cuda", 0))
+
+
+# ---- the cache ----------------------------------------------------------------------------------
+
+JOB = ("coefficients_cuda.cu", "sm_90", {})
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "shardadam"
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """How often the compiler ran."""
+    done = []
+    compile_now = cubins.compile_now
+    monkeypatch.setattr(cubins, "compile_now", lambda *job: done.append(job) or compile_now(*job))
+    return done
+
+
+def test_a_second_use_does_not_compile(cache, compilations):
+    assert cubins.compiled(*JOB) == cubins.compiled(*JOB)
+    assert len(compilations) == 1
+    (entry,) = cache.iterdir()
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert stat.S_IMODE(entry.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "foreign"])
+def test_a_damaged_entry_is_made_anew(damage, cache, compilations):
+    good = cubins.compiled(*JOB)
+    (entry,) = cache.iterdir()
+    content = bytearray(entry.read_bytes())
+    if damage == "torn":
+        content = content[: len(content) // 2]
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 1
+    elif damage == "empty":
+        content = bytearray()
+    else:
+        content = bytearray(good)
+    entry.write_bytes(content)
+    assert cubins.compiled(*JOB) == good
+    assert cubins.compiled(*JOB) == good
+    assert len(compilations) == 2
+
+
+def test_what_others_could_have_written_is_not_used(cache, compilations, monkeypatch):
+    good = cubins.compiled(*JOB)
+    (entry,) = cache.iterdir()
+    entry.chmod(0o666)
+    assert cubins.compiled(*JOB) == good and len(compilations) == 2
+    assert stat.S_IMODE(entry.stat().st_mode) == 0o600  # it was replaced
+    target = entry.with_name("elsewhere")
+    entry.rename(target)
+    entry.symlink_to(target)
+    assert cubins.compiled(*JOB) == good and len(compilations) == 3
+    cache.chmod(0o777)
+    for count in (4, 5):  # neither read nor written
+        assert cubins.compiled(*JOB) == good and len(compilations) == count
+    cache.chmod(0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)  # as for another user's files
+    assert cubins.compiled(*JOB) == good and len(compilations) == 6
+
+
+def test_a_changed_source_is_another_entry(cache, compilations, tmp_path, monkeypatch):
+    cubins.compiled(*JOB)
+    changed = tmp_path / "csrc"
+    shutil.copytree(cubins._SOURCES, changed)
+    header = changed / "adam_update.h"
+    header.write_text(header.read_text() + "// another version\n")
+    monkeypatch.setattr(cubins, "_SOURCES", changed)
+    cubins.compiled(*JOB)
+    assert len(compilations) == 2 and len(list(cache.iterdir())) == 2
+    monkeypatch.setattr(cubins, "nvrtc", lambda: ("99.9", []))
+    cubins.compiled(*JOB)
+    cubins.compiled("coefficients_cuda.cu", "sm_80", {})
+    cubins.compiled("coefficients_cuda.cu", "sm_80", {"UNUSED": 1})
+    assert len(compilations) == 5 and len(list(cache.iterdir())) == 5
+
+
+def test_a_home_that_cannot_be_written(tmp_path, compilations, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.touch()  # root may write everywhere, but a file is no folder
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    assert cubins.compiled(*JOB) and cubins.compiled(*JOB)
+    assert len(compilations) == 2
+
+
+def test_a_full_disk_leaves_no_trace(cache, compilations, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert cubins.compiled(*JOB)
+    assert not list(cache.iterdir())
+
+
+def cold_start(_: int) -> bytes:
+    return cubins.compiled(*JOB)
+
+
+def test_many_cold_starts_at_once(cache):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["shardadam.kernels.cubins", "cuda.core"])
+    with concurrent.futures.ProcessPoolExecutor(200, mp_context=context) as pool:
+        results = list(pool.map(cold_start, range(200)))
+    assert set(results) == {cubins.compile_now(*JOB)[0]}
+    (entry,) = cache.iterdir()
+    assert entry.suffix == ".cubin"
