@@ -1,0 +1,56 @@
+"""The ways that only NCCL takes, over gloo: no GPU is needed to find out that they are right."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import shardadam
+from models import mlp, same, train, values
+from ranks import run_ranks
+from shardadam.collectives import Communicator
+
+
+def train_over(rank: int, dtype: torch.dtype, shard_grads: bool) -> tuple[list, list]:
+    """Params after training by NCCL's way and by gloo's."""
+    results = []
+    for backend in ("nccl", "gloo"):
+        model = mlp(dtype)
+        optimizer = shardadam.AdamW(
+            model.parameters(), shard_grads=shard_grads, bucket_bytes=4096, max_grad_norm=0.1
+        )
+        optimizer._communicator.backend = backend
+        train(model, optimizer, range(10 * rank, 10 * rank + 4))
+        results.append(values(model))
+    return tuple(results)
+
+
+@pytest.mark.parametrize("shard_grads", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nccl_and_gloo_ways_agree(dtype, shard_grads):
+    # Two ranks: the sum of two numbers has no order.
+    (first, expected), (second, _) = run_ranks(2, train_over, dtype, shard_grads)
+    assert same(first, second)
+    assert same(first, expected)
+
+
+def agree_without_a_cpu_backend(rank: int) -> bool:
+    pair = dist.new_group([0, 1])
+    communicator = Communicator(None, torch.device("cpu"))
+    communicator.device = torch.device("cuda")  # as in a group that takes GPU tensors only
+    made, device = communicator._find_host_group({"cuda": "nccl"})
+    again, _ = communicator._find_host_group({"cuda": "nccl"})
+    total = torch.tensor([rank])
+    dist.all_reduce(total, group=made)
+    assert made is again and made is not None and device.type == "cpu" and total == 3
+    both = {"cpu": "gloo", "cuda": "nccl"}
+    assert communicator._find_host_group(both) == (None, torch.device("cpu"))
+    if rank < 2:
+        part = Communicator(pair, torch.device("cpu"))
+        part.device = torch.device("cuda")
+        assert part._find_host_group({"cuda": "nccl"}) == (pair, torch.device("cuda"))
+        assert part._find_host_group(both) == (pair, torch.device("cpu"))
+    return True
+
+
+def test_what_the_host_must_know_does_not_wait_for_a_gpu():
+    assert all(run_ranks(3, agree_without_a_cpu_backend))
