@@ -148,12 +148,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
             error = caught
         assert self._places is not None
         late = placement.unplaced(self.param_groups, self._places)
-        settings = placement.hyperparameters(self.param_groups, self.defaults)
-        settings += [asked, f"clipped={self._clipped is not None}"]
+        settings: list[str] = []
+        present: list[bool] = []
+        if self._communicator.world_size > 1:  # else there is nobody to compare with
+            settings = placement.hyperparameters(self.param_groups, self.defaults)
+            settings += [asked, f"clipped={self._clipped is not None}"]
+            present = self._reducer.presence()
         words = {
             "late": digest("\n".join(map(str, late))) if late else 0,
             "hyperparameters": digest("\n".join(settings)),
-            "present": digest(bytes(self._reducer.presence())),
+            "present": digest(bytes(present)),
             "unreduced": self._reducer.unreduced(),
             "scaled": amp.in_use(self),
             "gradients": self._reducer.fingerprint(),

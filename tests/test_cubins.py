@@ -4,22 +4,19 @@ No GPU is needed for this, so every machine checks what a GPU will be given: who
 spilled, nothing fused, registers few enough.
 """
 
-import collections
 import concurrent.futures
 import errno
-import importlib.util
 import itertools
 import multiprocessing
 import os
 import re
 import shutil
 import stat
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from sass import take_apart
 
 from kernel_runs import FORMATS, VARIANTS
 from shardadam.kernels import cubins, cuda
@@ -29,25 +26,9 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="NVIDIA's compiler comes as a wheel for Linux"
 )
 
-THREADS, REGISTERS, MAX_BLOCKS = 128, 65_536, 16  # of a multiprocessor, the least of sm_80 … sm_121
 # What must be under way on a multiprocessor to keep memory busy (Little's law): the loads' part,
 # 16 of 28 bytes, of 8 TB/s for 800 ns over 148 multiprocessors (B200, the most demanding).
 BYTES_UNDER_WAY = 16 / 28 * 8e12 * 800e-9 / 148
-
-
-def tool(name: str) -> str:
-    """One of NVIDIA's binaries, from its wheel."""
-    found = shutil.which(name)
-    if found is None:
-        spec = importlib.util.find_spec("nvidia")
-        paths = [
-            path
-            for root in spec.submodule_search_locations
-            for path in Path(root).glob(f"*/bin/{name}")
-        ]
-        assert paths, f"{name} is not installed: pip install 'shardadam[dev]'"
-        found = str(paths[0])
-    return found
 
 
 def architectures() -> list[str]:
@@ -72,28 +53,6 @@ def update_defines() -> list[tuple[tuple, tuple, dict[str, int]]]:
     ]
 
 
-def inspect(source: str, arch: str, defines: dict[str, int]) -> tuple:
-    """Compile, take apart: the compiler's words, registers, local memory, memory instructions."""
-    cubin, log = cubins.compile_now(source, arch, defines)
-    path = Path(f"/dev/shm/shardadam-{os.getpid()}.cubin")
-    path.write_bytes(cubin)
-    try:
-        usage, sass = (
-            subprocess.run([tool(name), *options, path], capture_output=True, text=True, check=True)
-            for name, *options in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
-    finally:
-        path.unlink()
-    resources = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout)
-    accesses = collections.Counter(
-        (kind, 16 if ".128" in rest else 0)
-        for kind, rest in re.findall(r"\b(LDG|STG|LDL|STL)((?:\.\w+)*)", sass.stdout)
-    )
-    registers = max(int(count) for count, *_ in resources)
-    local = sum(int(stack) + int(memory) for _, stack, memory in resources)
-    return log, registers, local, accesses
-
-
 def whole_accesses(formats: tuple, amsgrad: bool) -> tuple[int, int]:
     """Loads and stores of 16 bytes for as many elements as the kernel takes at a time."""
     param, master, grad = formats
@@ -108,17 +67,21 @@ def whole_accesses(formats: tuple, amsgrad: bool) -> tuple[int, int]:
 
 def check_update(arch: str, formats: tuple, variant: tuple, defines: dict[str, int]) -> str | None:
     """What is wrong with a variant."""
-    log, registers, local, accesses = inspect("adam_cuda.cu", arch, defines)
+    cubin, log = cubins.compile_now("adam_cuda.cu", arch, defines)
+    parts = take_apart(cubin)
     loads, stores = whole_accesses(formats, variant[0])
-    blocks = min(MAX_BLOCKS, REGISTERS // (THREADS * (registers + -registers % 8)))
-    under_way = blocks * THREADS * 16 * loads
-    spilled = accesses["LDL", 0] + accesses["STL", 0] + accesses["LDL", 16] + accesses["STL", 16]
+    found_loads, found_stores = parts.count(r"LDG.*\.128.*"), parts.count(r"STG.*\.128.*")
+    spilled = parts.count("(LDL|STL).*")
+    under_way = parts.bytes_under_way
     for wrong, what in (
         (bool(log.strip()), log),
-        (local or spilled, f"{local} bytes of local memory, {spilled} accesses to it"),
-        (accesses["LDG", 16] != loads, f"{accesses['LDG', 16]} whole loads, expected {loads}"),
-        (accesses["STG", 16] != stores, f"{accesses['STG', 16]} whole stores, expected {stores}"),
-        (under_way < BYTES_UNDER_WAY, f"{registers} registers: {under_way} bytes under way"),
+        (
+            bool(parts.local_bytes or spilled),
+            f"{parts.local_bytes} bytes of local memory, {spilled} accesses to it",
+        ),
+        (found_loads != loads, f"{found_loads} whole loads, expected {loads}"),
+        (found_stores != stores, f"{found_stores} whole stores, expected {stores}"),
+        (under_way < BYTES_UNDER_WAY, f"{parts.registers} registers: {under_way} bytes under way"),
     ):
         if wrong:
             return f"{arch} {formats} {variant}: {what}"
@@ -141,10 +104,11 @@ def test_every_variant_for_every_architecture(capsys):
 def test_the_small_kernels(source):
     grads = GRAD_FORMATS.values() if source == "norm_cuda.cu" else [0]
     for arch, grad in itertools.product(architectures(), grads):
-        log, registers, local, accesses = inspect(source, arch, {"SHARDADAM_GRAD": grad})
+        cubin, log = cubins.compile_now(source, arch, {"SHARDADAM_GRAD": grad})
+        parts = take_apart(cubin)
         assert not log.strip()
-        assert not local and not accesses["LDL", 0] and not accesses["STL", 0], (arch, grad)
-        assert registers <= 64
+        assert not parts.local_bytes and not parts.count("(LDL|STL).*"), (arch, grad)
+        assert parts.registers <= 64
 
 
 def ptx(source: str, defines: dict[str, int]) -> str:

@@ -5,11 +5,13 @@ this can't show: cuda_on_cpu/shim.h.
 """
 
 import ctypes
+import dataclasses
 import mmap
 import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import shardadam
 from kernel_runs import (
@@ -333,6 +335,57 @@ def test_loss_scaling_is_decided_on_the_device(on_shim):
     assert amp.get_scale() == 512.0
     assert same(values(scaled), values(plain))
     assert device.state[scaled[0].weight]["step"] == 5
+
+
+class NoWaiting(TorchDispatchMode):
+    """On a GPU these would make the host wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "is_nonzero")
+        assert func.overloadpacket.__name__ not in waits, func
+        return func(*args, **kwargs or {})
+
+
+def test_a_step_waits_for_nothing(on_shim, monkeypatch):
+    def waits(self):
+        raise AssertionError("tolist")
+
+    for cls, options in (
+        (shardadam.AdamW, {"max_grad_norm": 0.02}),
+        (shardadam.NAdam, {"lr": torch.tensor(1e-3)}),
+    ):
+        model = mlp()
+        optimizer = on_shim(cls, model.parameters(), **options)
+        amp = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(3):
+            amp.scale(loss_of(model, step)).backward()
+            if step == 1:
+                model[0].bias.grad = None
+            optimizer.grad_scale = amp._get_scale_async()
+            optimizer.found_inf = torch.zeros(())
+            host_lr = optimizer.param_groups[0]["lr"]
+            with monkeypatch.context() as patch:
+                # A tensor on the device is read there; here it only stands in for one.
+                patch.setattr(torch.Tensor, "tolist", waits)
+                patch.setattr(type(optimizer), "_hyperparameters", read_on_device(optimizer))
+                with NoWaiting():
+                    optimizer.clip_grad_norm_(0.1) if step == 2 else None
+                    optimizer.step()
+                    optimizer.zero_grad()
+            assert optimizer.param_groups[0]["lr"] is host_lr
+
+
+def read_on_device(optimizer):
+    """`_hyperparameters` as it is for a learning rate on a GPU."""
+    original = type(optimizer)._hyperparameters
+
+    def hyperparameters(self, group):
+        lr = group["lr"]
+        if not isinstance(lr, torch.Tensor):
+            return original(self, group)
+        return dataclasses.replace(original(self, {**group, "lr": 0.0}), lr=lr)
+
+    return hyperparameters
 
 
 def test_state_moves_between_the_backends(on_shim):

@@ -19,7 +19,7 @@ LEVELS = [
     ["kernels"],
     ["buffers", "collectives", "options"],
     ["agreement", "amp", "steps"],
-    ["gradients", "placement", "state_dict"],
+    ["gradients", "placement", "shards", "state_dict"],
     ["clipping", "runs"],
     ["optimizer"],
     ["adam"],
