@@ -80,6 +80,7 @@ class FlatBucket:
         self.master = master
         self.state: dict[str, Tensor] = {}
         self._runs: dict[tuple[int, int, bool], Run] = {}
+        self._runs_in_place: list[Run | None] = [None] * len(self.params)
         for name in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ())):
             self.add_state(name)
         if master is not None:
@@ -92,6 +93,7 @@ class FlatBucket:
         dtype = torch.int16 if name == "remainder" else state_dtype(self.dtype)
         self.state[name] = torch.zeros(self.bucket.shard_numel, dtype=dtype, device=self.device)
         self._runs.clear()
+        self._runs_in_place = [None] * len(self.params)
 
     def check_views(self) -> None:
         """Raise ValueError, naming the param, if one no longer is the view that it was made."""
@@ -127,8 +129,6 @@ class FlatBucket:
         1-D, or of any dense shape where the piece is all of the param.
         """
         view = self.views[piece.span]
-        if self._plain[piece.span] and tensor.is_contiguous() and not tensor.is_neg():
-            return tensor  # nearly always, and several times as quick as what follows
         tensor = tensor.resolve_conj().resolve_neg()  # the kernel reads memory
         if tensor.stride() != view.stride():
             tensor = torch.empty_like(view).copy_(tensor)
@@ -137,6 +137,14 @@ class FlatBucket:
         if piece.numel == tensor.numel():
             return tensor
         return in_memory_order(tensor)[piece.param_offset : piece.param_offset + piece.numel]
+
+    def grad_in_place(self, index: int) -> Tensor:
+        """The owned elements of the gradient of the param of span ``index``, as `piece_of`."""
+        grad = self.params[index].grad
+        assert grad is not None
+        if self._plain[index] and grad.is_contiguous() and not grad.is_neg():
+            return grad  # nearly always, and several times as quick
+        return self.piece_of(self.pieces[index], grad)
 
     def shard_piece(self, index: int) -> Tensor:
         """The owned elements of the param of span ``index``."""
@@ -175,6 +183,16 @@ class FlatBucket:
                 grad,
                 coefficients,
             )
+        run.grad, run.coefficients = grad, coefficients
+        return run
+
+    def run_in_place(self, index: int, coefficients: Coefficients | Slot, amsgrad: bool) -> Run:
+        """The run of one span, reading ``param.grad``. Kept, as those of `run`."""
+        run, grad = self._runs_in_place[index], self.grad_in_place(index)
+        if run is None or (run.max_exp_avg_sq is None) is amsgrad:
+            piece = self.pieces[index]
+            start, stop = piece.shard_offset, piece.shard_offset + piece.numel
+            run = self._runs_in_place[index] = self.run(start, stop, grad, coefficients, amsgrad)
         run.grad, run.coefficients = grad, coefficients
         return run
 

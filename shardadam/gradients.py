@@ -60,9 +60,7 @@ class BucketGrads:
 
     def in_place(self, index: int) -> Tensor:
         """This rank's piece of the ``param.grad`` of span ``index``, where there is no `shard`."""
-        grad = self.bucket.params[index].grad
-        assert grad is not None
-        return self.bucket.piece_of(self.bucket.pieces[index], grad)
+        return self.bucket.grad_in_place(index)
 
     def clear(self) -> None:
         """Forget everything."""

@@ -23,26 +23,26 @@ def bucket_runs(
         param_groups: the optimizer's.
     """
     bucket, shard = grads.bucket, grads.shard
+    amsgrad = [bool(group.get("amsgrad", False)) for group in param_groups]
+    if shard is None:
+        return [
+            bucket.run_in_place(index, own, amsgrad[bucket.bucket.spans[index].group])
+            for index in grads.owned()
+            if (own := coefficients[index]) is not None
+        ]
     ranges: list[tuple[int, int, int, int, Coefficients | Slot]] = []
     for index in grads.owned():
         own = coefficients[index]
         assert own is not None
         piece = bucket.pieces[index]
         start, stop = piece.shard_offset, piece.shard_offset + piece.numel
-        if shard is not None and ranges:
+        if ranges:
             last, first_start, *_, last_coefficients = ranges[-1]
             if index == last + 1 and own is last_coefficients:
                 ranges.pop()
                 start = first_start
         ranges.append((index, start, stop, bucket.bucket.spans[index].group, own))
-    amsgrad = [bool(group.get("amsgrad", False)) for group in param_groups]
     return [
-        bucket.run(
-            start,
-            stop,
-            grads.in_place(index) if shard is None else shard[start:stop],
-            shared,
-            amsgrad[group],
-        )
-        for index, start, stop, group, shared in ranges
+        bucket.run(start, stop, shard[start:stop], shared, amsgrad[group])
+        for _, start, stop, group, shared in ranges
     ]
