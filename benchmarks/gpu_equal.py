@@ -206,12 +206,14 @@ def _large(
         "left_out": left_out,
     }
     beyond = [name for numel, name in done if numel > 2**31]
-    detail = f"{len(done)} runs, {len(beyond)} of them beyond; left out: {listed(left_out) or '-'}"
+    detail = (
+        f"{len(done)} runs, {len(beyond)} of them beyond; left out: {listed(left_out, 2) or '-'}"
+    )
     if wrong or beyond:
         report.judge(not wrong, CLAIM_LARGE, _or_wrong(detail, wrong))
     else:
         largest = max((numel for numel, _ in done), default=0)
-        report.skip(CLAIM_LARGE, f"{listed(left_out)} (equal up to {largest:,} elements)")
+        report.skip(CLAIM_LARGE, f"{listed(left_out, 2)} (equal up to {largest:,} elements)")
 
 
 def _bytes_per_element(formats: tuple[torch.dtype | None, ...]) -> int:

@@ -46,6 +46,7 @@ class Communicator:
         self.device = device
         self.ordinal = 0
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._stream: Any = None
         if process_group is None and not (dist.is_available() and dist.is_initialized()):
             return
         self.rank = dist.get_rank(process_group)
@@ -73,7 +74,8 @@ class Communicator:
         world = dist.group.WORLD
         assert world is not None
         if group not in (None, world):
-            # Only all ranks together can make another group.
+            # Not another group of these: new_group(use_local_synchronization=True) hangs where
+            # ranks belong to different numbers of groups (torch 2.13).
             return group, self.device
         if world not in Communicator._host_groups:
             Communicator._host_groups[world] = dist.new_group(backend="gloo")
@@ -144,6 +146,12 @@ class Communicator:
 
     def buffer(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
         """Scratch memory that is kept and reused: fresh memory costs a page fault per 4 KiB."""
+        if self.device.type == "cuda":
+            # Hooks run on the streams of their forward passes: the last one may still use this.
+            stream = torch.cuda.current_stream(self.device)
+            if self._stream not in (None, stream):
+                stream.wait_stream(self._stream)
+            self._stream = stream
         kept = self._buffers.get((name, dtype))
         if kept is None or kept.numel() < numel:
             kept = torch.empty(numel, dtype=dtype, device=self.device)
@@ -194,13 +202,14 @@ class Communicator:
                 work.wait()
 
     def _all_gather_coalesced(self, flats: Sequence[Tensor]) -> None:
-        if not flats:
-            return
         group = self.process_group or dist.group.WORLD
-        with dist.distributed_c10d._coalescing_manager(group, async_ops=True) as together:
-            for flat in flats:
-                _all_gather()(flat, _shards(flat, self.world_size)[self.rank], group=group)
-        together.wait()  # makes the current stream wait, not the host
+        for dtype in dict.fromkeys(flat.dtype for flat in flats):
+            with dist.distributed_c10d._coalescing_manager(group, async_ops=True) as together:
+                for flat in flats:
+                    if flat.dtype == dtype:
+                        own = _shards(flat, self.world_size)[self.rank]
+                        _all_gather()(flat, own, group=group)
+            together.wait()  # makes the current stream wait, not the host
 
     @contextlib.contextmanager
     def _says(self, doing: str) -> Iterator[None]:

@@ -150,7 +150,7 @@ class GradReducer:
 
     def fingerprint(self) -> int:
         """Of this rank's first gradient, until the ranks have been compared; 0 if all zero."""
-        if not self._hint:
+        if not self._hint or _capturing():
             return 0
         for grads in self.grads:
             for grad in grads.local():
@@ -294,6 +294,10 @@ class GradReducer:
             if grad is not None:
                 grads.present[index] = True
                 param.grad = None
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _arrived(reducer: "weakref.ref[GradReducer]", index: int, param: Tensor) -> None:

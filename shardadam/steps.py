@@ -5,7 +5,8 @@ Planning changes nothing; `commit` does. There are two ways: on the host, which 
 numbers, and on the device, for which a step waits for nothing.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -110,7 +111,8 @@ class DeviceSteps:
 
     def watch(self, bucket: FlatBucket) -> None:
         """As in `Steps`; waits for the device."""
-        self._known[bucket] = _Known(bucket)
+        known = self._known.setdefault(bucket, _Known(bucket))
+        known.look(bucket)
 
     def plan(
         self,
@@ -121,25 +123,21 @@ class DeviceSteps:
     ) -> Planned:
         """As in `Steps`."""
         known = self._known[bucket]
-        slots = known.slots_for(present, hypers)
-        mask = known.mask(present)
-        spans = [span.group for span in bucket.bucket.spans]
         rows = []
-        for group in bucket.groups:
-            hyper = hypers[group]
-            lr = hyper.lr if isinstance(hyper.lr, Tensor) else None
+        for first, count, group in _segments(present, known.groups):
+            lr = hypers[group].lr
             rows.append(
                 Row(
-                    hyper=hyper,
-                    lr=None if lr is None else lr.to(torch.float64),
+                    hyper=hypers[group],
+                    lr=_on(bucket.device, lr) if isinstance(lr, Tensor) else None,
                     step=bucket.scalars["step"],
                     mu_product=bucket.scalars.get("mu_product"),
-                    present=mask,
                     coefficients=known.table,
-                    first=spans.index(group),
-                    count=spans.count(group),
+                    first=first,
+                    count=count,
                 )
             )
+        slots = known.slots_for(present, hypers)
         return Planned(bucket, slots, rows=rows)
 
     def commit(
@@ -149,26 +147,44 @@ class DeviceSteps:
         self._backend.advance([row for plan in planned for row in plan.rows], factor, skip)
 
 
+def _on(device: torch.device, lr: Tensor) -> Tensor:
+    return lr.detach().to(device, torch.float64, non_blocking=True).reshape(())
+
+
+def _segments(present: Sequence[bool], groups: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """First span, number and group of neighbours of one group that all have a gradient."""
+    spans = zip(present, groups, strict=True)
+    first = 0
+    for (there, group), members in itertools.groupby(spans):
+        count = len(list(members))
+        if there:
+            yield first, count, group
+        first += count
+
+
 class _Known:
-    """What the host knows of a bucket's steps on the device."""
+    """What the host knows of a bucket's steps on the device.
+
+    ``table`` stays where it is as long as the bucket does: a CUDA graph may write to it.
+    """
 
     def __init__(self, bucket: FlatBucket) -> None:
-        self._groups = [span.group for span in bucket.bucket.spans]
+        self.groups = [span.group for span in bucket.bucket.spans]
         self.table = torch.zeros(
-            (len(self._groups), len(Coefficients.__slots__)),
+            (len(self.groups), len(Coefficients.__slots__)),
             dtype=torch.float64,
             device=bucket.device,
         )
-        self._device = bucket.device
-        # Spans of one group and class are at the same step.
-        scalars = [values.tolist() for values in bucket.scalars.values()]
-        numbers: dict[Any, int] = {}
-        self._classes = [
-            numbers.setdefault(key, len(numbers)) for key in zip(*scalars, strict=True)
-        ]
-        self._slots: dict[tuple[bool, ...], list[Coefficients | Slot | None]] = {}
+        self._classes: list[int] = []
         self._terms: list[tuple[bool, bool]] = []
-        self._masks: dict[tuple[bool, ...], Tensor] = {}
+        self._slots: dict[tuple[bool, ...], list[Coefficients | Slot | None]] = {}
+
+    def look(self, bucket: FlatBucket) -> None:
+        """Read the steps: spans of one group and class are at the same."""
+        scalars = zip(*(values.tolist() for values in bucket.scalars.values()), strict=True)
+        numbers: dict[Any, int] = {}
+        self._classes = [numbers.setdefault(key, len(numbers)) for key in scalars]
+        self._slots.clear()
 
     def slots_for(
         self, present: Sequence[bool], hypers: Sequence[Hyperparameters]
@@ -192,30 +208,16 @@ class _Known:
                 if there
                 else None
                 for index, (group, number, there) in enumerate(
-                    zip(self._groups, self._classes, present, strict=True)
+                    zip(self.groups, self._classes, present, strict=True)
                 )
             ]
         return self._slots[pattern]
-
-    def mask(self, present: Sequence[bool]) -> Tensor | None:
-        """``present`` on the device; None if it is all true."""
-        if all(present):
-            return None
-        pattern = tuple(present)
-        if pattern not in self._masks:
-            if len(self._masks) > _KEPT:
-                self._masks.clear()
-            host = torch.tensor(present)
-            if self._device.type == "cuda":
-                host = host.pin_memory()  # a copy from other memory waits for the device
-            self._masks[pattern] = host.to(self._device, non_blocking=True)
-        return self._masks[pattern]
 
     def _part(self, present: Sequence[bool]) -> None:
         """From now on, spans with and without a gradient are of different classes."""
         numbers: dict[Any, int] = {}
         pairs = zip(self._classes, present, strict=True)
         classes = [numbers.setdefault(pair, len(numbers)) for pair in pairs]
-        if max(classes, default=0) != max(self._classes, default=0):
+        if len(numbers) != len(set(self._classes)):
             self._classes = classes
             self._slots.clear()

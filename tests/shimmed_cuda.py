@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import shardadam
-from shardadam.kernels import cuda
+from shardadam.kernels.cuda import Cuda
 
 _SHIM = Path(__file__).with_name("cuda_on_cpu")
 _CSRC = Path(shardadam.__file__).with_name("csrc")
@@ -44,24 +44,23 @@ def library() -> ctypes.CDLL:
         return ctypes.CDLL(built)
 
 
-class ShimmedCuda(cuda.Cuda):
-    """`Cuda` for CPU tensors. ``grid``: blocks and threads of a launch instead of the usual."""
+class ShimmedKernels:
+    """`Kernels` for CPU tensors. ``grid``: blocks and threads of a launch instead of the usual."""
+
+    device = torch.device("cpu")
+    arch, compiler, multiprocessors = "sm_00", "shim", 1
 
     def __init__(self) -> None:
-        super().__init__(torch.device("cpu"), "sm_00", "shim")
         self.library = library()
         self.grid: tuple[int, int] | None = None
         self.blocks: range | None = None
         self.launched: list[str] = []
+        self._loaded: dict = {}
 
-    @property
-    def _multiprocessors(self) -> int:
-        return 1
+    def get(self, source, name, defines):
+        return self._loaded.setdefault((name, *defines.items()), (name, defines))
 
-    def _kernel(self, source, name, **defines):
-        return self._kernels.setdefault((source, name, *defines.items()), (name, defines))
-
-    def _launch(self, kernel, blocks, threads, *arguments):
+    def launch(self, kernel, blocks, threads, *arguments):
         name, defines = kernel
         self.launched.append(name)
         if self.grid is not None and name == "shardadam_update":
@@ -72,7 +71,7 @@ class ShimmedCuda(cuda.Cuda):
             codes = (defines[f"SHARDADAM_{key}"] for key in ("PARAM", "GRAD", "FLAGS"))
             chosen = self.blocks or range(blocks)
             failed = self.library.update(
-                *codes,
+                *map(ctypes.c_int32, codes),
                 address,
                 ctypes.c_int64(chosen.start),
                 ctypes.c_int64(chosen.stop),
@@ -86,3 +85,9 @@ class ShimmedCuda(cuda.Cuda):
         else:
             assert name == "shardadam_advance"
             self.library.advance(address, ctypes.c_uint32(blocks), ctypes.c_uint32(threads))
+
+
+def shimmed_cuda() -> tuple[Cuda, ShimmedKernels]:
+    """The backend, and what it launches on."""
+    kernels = ShimmedKernels()
+    return Cuda(kernels), kernels

@@ -6,6 +6,7 @@ spilled, nothing fused, registers few enough.
 
 import concurrent.futures
 import errno
+import functools
 import itertools
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ import torch
 from sass import take_apart
 
 from kernel_runs import FORMATS, VARIANTS
-from shardadam.kernels import cubins, cuda
+from shardadam.kernels import cubins, cuda_driver
 from shardadam.kernels.run import GRAD_FORMATS, PARAM_FORMATS
 
 pytestmark = pytest.mark.skipif(
@@ -158,13 +159,14 @@ def test_the_rule_is_nowhere_else():
 
 
 def test_which_architecture_is_compiled_for():
-    supported = [75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121]
+    supported = [75, 80, 86, 87, 89, 90, 100, 101, 110, 120, 121]
     for capability, expected in (
         ((8, 0), "sm_80"),
         ((8, 6), "sm_86"),
         ((9, 0), "sm_90"),
-        ((10, 3), "sm_103"),
-        ((10, 1), "sm_100"),  # cubins run on later minors
+        ((10, 3), "sm_100"),  # cubins run on later minors, but not those of Tegra chips
+        ((10, 1), "sm_101"),
+        ((8, 8), "sm_86"),
         ((12, 1), "sm_121"),
         ((7, 0), None),
         ((13, 0), None),
@@ -183,18 +185,26 @@ def test_a_missing_compiler_is_said_in_one_sentence(monkeypatch):
 def test_what_happens_without_a_kernel(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
-    kernels, _ = cuda.load(torch.device("cuda", 0))
-    assert re.fullmatch(r"CUDA kernel \(sm_90, NVRTC \d+\.\d+\)", kernels.name)
+    load = functools.partial(cuda_driver._load, torch.device("cuda", 0))
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "cuda.core", None)
-        kernels, why_not = cuda.load(torch.device("cuda", 0))
+        kernels, why_not = load()
         assert kernels is None and "pip install" in why_not and "\n" not in why_not
+    kernels, why_not = load()  # there is a compiler here, but no driver
+    assert kernels is None and "could not be loaded" in why_not
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (99, 0))
-    kernels, why_not = cuda.load(torch.device("cuda", 0))
+    kernels, why_not = load()
     assert kernels is None and "does not compile for compute capability 99.0" in why_not
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     with pytest.raises(ValueError, match=r"A GPU has compute capability 6\.1: expected 7\.0"):
-        cuda.load(torch.device("cuda", 0))
+        load()
+
+
+def test_sources_are_ascii():
+    # NVRTC 12.4 changes the locale of its process, and with it how text is read.
+    for file in cubins._SOURCES.iterdir():
+        if file.suffix in (".h", ".cu"):
+            assert file.read_bytes().isascii(), file
 
 
 # ---- the cache ----------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from models import loss_of, mlp, same, values
 from shardadam import optimizer as optimizer_module
 from shardadam.kernels import Hyperparameters, Row, Run, backend_for, exact_sum, fold
 from shardadam.kernels.cuda_arguments import Batch, Rows
-from shimmed_cuda import ShimmedCuda
+from shimmed_cuda import shimmed_cuda
 
 TWIN = backend_for(torch.device("cpu"))
 # In lengths around vectors, parts of 8192 elements, and several parts.
@@ -37,8 +37,19 @@ LENGTHS = [*range(40), 127, 128, 129, 8191, 8192, 8193, 20_011]
 
 
 @pytest.fixture
-def kernels():
-    return ShimmedCuda()
+def shim():
+    """The backend, and what it launches on."""
+    return shimmed_cuda()
+
+
+@pytest.fixture
+def kernels(shim):
+    return shim[0]
+
+
+@pytest.fixture
+def device(shim):
+    return shim[1]
 
 
 def with_grad_at(run: Run, offset: int) -> Run:
@@ -64,8 +75,8 @@ def test_equals_the_twin_at_every_length_and_alignment(formats, kernels):
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 32), (2, 96), (7, 128), (10_000, 128)], ids=str)
-def test_every_grid_is_right(grid, kernels):
-    kernels.grid = grid
+def test_every_grid_is_right(grid, kernels, device):
+    device.grid = grid
     shared = coefficients(False, False)
     for formats in FORMATS:
         runs = [make_run(formats, numel, False, shared) for numel in (1, 5_000, 30_007)]
@@ -76,7 +87,7 @@ def test_every_grid_is_right(grid, kernels):
             assert_same_bits(run, other)
 
 
-def test_more_runs_than_a_launch_takes(kernels):
+def test_more_runs_than_a_launch_takes(kernels, device):
     shared = coefficients(False, False)
     param, moment, square = torch.randn(3, 1000 * 128).unbind()
     square = square.abs()
@@ -89,7 +100,7 @@ def test_more_runs_than_a_launch_takes(kernels):
         expected.append(Run(*(t.clone() for t in kept), None, None, grads[index], shared))
     TWIN.update(expected)
     kernels.update(runs)
-    assert kernels.launched == ["shardadam_update"] * 9
+    assert device.launched == ["shardadam_update"] * 9
     for run, other in zip(runs, expected, strict=True):
         for name in ("param", "exp_avg", "exp_avg_sq"):
             assert torch.equal(getattr(run, name), getattr(other, name))
@@ -104,7 +115,7 @@ def lazily_mapped(numel: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("formats", [(FP32, None, FP32), (BF16, torch.int16, BF16)], ids=str)
-def test_beyond_two_to_the_31_elements(formats, kernels):
+def test_beyond_two_to_the_31_elements(formats, kernels, device):
     numel = 2**31 + 1_000_003
     param_dtype, master_dtype, grad_dtype = formats
     run = Run(
@@ -135,7 +146,7 @@ def test_beyond_two_to_the_31_elements(formats, kernels):
         expected.append((part, Run(*pieces, run.coefficients)))
     TWIN.update([piece for _, piece in expected])
     for blocks in chosen:
-        kernels.blocks = blocks
+        device.blocks = blocks
         kernels.update([run])
     for part, piece in expected:
         for name in ("param", "exp_avg", "exp_avg_sq", "master"):
@@ -143,7 +154,7 @@ def test_beyond_two_to_the_31_elements(formats, kernels):
                 assert torch.equal(getattr(run, name)[part], getattr(piece, name)), (name, part)
 
 
-def test_what_a_run_must_be(kernels):
+def test_what_a_run_must_be(kernels, device):
     good = make_run((FP32, None, FP32), 100, False, coefficients(False, False))
     before = copy(good)
     for change, message in (
@@ -157,7 +168,7 @@ def test_what_a_run_must_be(kernels):
         with pytest.raises(ValueError, match=message):
             kernels.update([good, Run(**{**fields, **change})])
     assert_same_bits(good, before)
-    assert not kernels.launched
+    assert not device.launched
 
 
 # ---- the norm -----------------------------------------------------------------------------------
@@ -224,13 +235,11 @@ def test_coefficients_are_folded_as_on_the_host(step, kernels):
         )
         products = torch.rand(3, dtype=FP64, generator=torch.Generator().manual_seed(number))
         nesterov = hyper.momentum_decay is not None
-        present = None if number % 3 else torch.tensor([False, True, False])
         row = Row(
             hyper=hyper,
             lr=torch.tensor(0.7, dtype=FP64) if number % 5 == 0 else None,
             step=torch.full((3,), step - 1.0),
             mu_product=products.clone() if nesterov else None,
-            present=present,
             coefficients=torch.zeros(3, 10, dtype=FP64),
             first=1,
             count=2,
@@ -240,12 +249,11 @@ def test_coefficients_are_folded_as_on_the_host(step, kernels):
         hyper = Hyperparameters(**{n: getattr(hyper, n) for n in hyper.__slots__} | {"lr": lr})
         counted, folded = torch.full((3,), step - 1.0), torch.zeros(3, 10, dtype=FP64)
         for span in (1, 2):
-            if present is None or present[span]:
-                counted[span] += 1
-                if nesterov:
-                    products[span] *= hyper.momentum(step)
-                own = fold(hyper, step, products[span].item() if nesterov else 1.0, -0.3)
-                folded[span] = torch.tensor([getattr(own, n) for n in own.__slots__], dtype=FP64)
+            counted[span] += 1
+            if nesterov:
+                products[span] *= hyper.momentum(step)
+            own = fold(hyper, step, products[span].item() if nesterov else 1.0, -0.3)
+            folded[span] = torch.tensor([getattr(own, n) for n in own.__slots__], dtype=FP64)
         expected.append((counted, products, folded))
     kernels.advance(rows, factor=torch.tensor(-0.3, dtype=FP64))
     for row, (counted, products, folded) in zip(rows, expected, strict=True):
@@ -261,7 +269,7 @@ def test_skipping(kernels):
     assert_same_bits(run, before)
     step, table = torch.zeros(1), torch.zeros(1, 10, dtype=FP64)
     hyper = Hyperparameters(1e-3, 0.9, 0.999, 1e-8, 0.0, True, False)
-    row = Row(hyper, None, step, None, None, table, 0, 1)
+    row = Row(hyper, None, step, None, table, 0, 1)
     kernels.advance([row], skip=torch.tensor(1.0))
     assert not step.any() and not table.any()
     kernels.advance([row], skip=torch.tensor(0.0))
@@ -272,12 +280,12 @@ def test_skipping(kernels):
 
 
 @pytest.fixture
-def on_shim(monkeypatch, kernels):
+def on_shim(monkeypatch):
     """Optimizers made by ``make`` use the CUDA backend, on CPU tensors."""
 
     def make(cls, *args, **kwargs):
         with monkeypatch.context() as patch:
-            patch.setattr(optimizer_module, "backend_for", lambda device: kernels)
+            patch.setattr(optimizer_module, "backend_for", lambda device: shimmed_cuda()[0])
             return cls(*args, **kwargs)
 
     return make

@@ -14,7 +14,7 @@ PACKAGE = Path(shardadam.__file__).parent
 # Who may import whom: the modules of each line only those of the lines above it.
 LEVELS = [
     ["layout", "kernels.exact_sum", "kernels.coefficients", "kernels.cubins"],
-    ["kernels.run", "kernels.cuda_arguments"],
+    ["kernels.run", "kernels.cuda_arguments", "kernels.cuda_driver"],
     ["kernels.reference", "kernels.cpu", "kernels.cuda"],
     ["kernels"],
     ["buffers", "collectives", "options"],

@@ -14,7 +14,7 @@ constexpr int kBytes = 16;  // of one load or store
 // Runs of one bucket: piece i's elements start at element start[i] of the bucket's shard, and its
 // coefficients are coefficients[coefficient[i]], read on the device: they may be written by a
 // kernel before this one, and anew between the replays of a CUDA graph. The layout is shared with
-// kernels/cuda.py.
+// kernels/cuda_arguments.py.
 struct Batch {
   Pieces grads;
   int64 start[kPieces];

@@ -9,10 +9,10 @@ namespace shardadam {
 
 constexpr int kThreads = 128;
 constexpr int kPieces = 120;
-constexpr int kElementsOfPart = 8192;  // kernels/cuda.py has the same three
+constexpr int kElementsOfPart = 8192;  // kernels/cuda_arguments.py has the same three
 
-// The layout is shared with kernels/cuda.py. Piece i is `values[i]`, `numel[i]` elements, parts
-// first_part[i] up to first_part[i + 1].
+// The layout is shared with kernels/cuda_arguments.py. Piece i is `values[i]`, `numel[i]` elements,
+// parts first_part[i] up to first_part[i + 1].
 struct Pieces {
   const void* values[kPieces];
   int64 numel[kPieces];

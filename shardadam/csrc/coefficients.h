@@ -7,7 +7,7 @@
 
 namespace shardadam {
 
-// The layout is shared with kernels/cuda.py.
+// The layout is shared with kernels/cuda_arguments.py.
 struct Hyperparameters {
   double lr;
   double beta1;

@@ -5,17 +5,16 @@
 
 namespace shardadam {
 
-constexpr int kRows = 24;  // kernels/cuda.py has the same
+constexpr int kRows = 24;  // kernels/cuda_arguments.py has the same
 
-// The params of one group in one bucket: spans first, …, first + count - 1. Layouts are shared with
-// kernels/cuda.py.
+// Neighbours of one group in one bucket that have a gradient: `count` spans from `first` on.
+// Layouts are shared with kernels/cuda_arguments.py.
 struct Row {
   Hyperparameters hyper;
-  const double* lr;              // instead of hyper.lr, where it is not null
-  float* step;                   // of the bucket's spans
-  double* mu_product;            // of the bucket's spans; null without NAdam
-  const unsigned char* present;  // which spans have a gradient; null: all
-  Coefficients* coefficients;    // of the bucket's spans
+  const double* lr;            // instead of hyper.lr, where it is not null
+  float* step;                 // of the bucket's spans
+  double* mu_product;          // of the bucket's spans; null without NAdam
+  Coefficients* coefficients;  // of the bucket's spans
   int first;
   int count;
 };
@@ -29,7 +28,7 @@ static_assert(sizeof(Rows) <= 4096, "kernel arguments");
 
 }  // namespace shardadam
 
-// Counts a step for every span that has a gradient and folds its coefficients. A block per row.
+// Counts a step for every span of the rows and folds its coefficients. A block per row.
 extern "C" __global__ void shardadam_advance(const __grid_constant__ shardadam::Rows rows) {
   using namespace shardadam;
   const Row& row = rows.row[blockIdx.x];
@@ -39,7 +38,6 @@ extern "C" __global__ void shardadam_advance(const __grid_constant__ shardadam::
   const double factor = rows.factor ? *rows.factor : 1;
   for (int i = threadIdx.x; i < row.count; i += blockDim.x) {
     const int span = row.first + i;
-    if (row.present && !row.present[span]) continue;
     const float step = row.step[span] + 1;
     row.step[span] = step;
     double mu_product = 1;

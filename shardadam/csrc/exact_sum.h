@@ -11,8 +11,8 @@ namespace shardadam {
 
 constexpr int kLimbs = 68;
 constexpr int kSumWords = kLimbs + 2;
-// Squares are summed in double over each block of 128 elements by halving (64 + 64, 32 + 32, …, the
-// order a warp can keep), and the blocks' sums are added up exactly.
+// Squares are summed in double over each block of 128 elements by halving (64 + 64, 32 + 32, ...,
+// the order a warp can keep), and the blocks' sums are added up exactly.
 constexpr int kSumBlock = 128;
 
 // What a value adds to three words in a row, the first being `word`.

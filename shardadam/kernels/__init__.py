@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shardadam.kernels import cpu, cuda, exact_sum, reference
+from shardadam.kernels import cpu, cuda, cuda_driver, exact_sum, reference
 from shardadam.kernels.coefficients import Coefficients, Hyperparameters, fold
 from shardadam.kernels.cuda_arguments import Row
 from shardadam.kernels.run import Run, Slot
@@ -80,27 +80,31 @@ class _Reference:
         return torch.tensor(exact_sum.root(words), dtype=torch.float64, device=words.device)
 
 
-@functools.cache
 def backend_for(device: torch.device) -> Backend:
-    """The backend for ``device``: compiled kernels on CPU and CUDA, else torch operations.
+    """The backend for one optimizer: compiled kernels on CPU and CUDA, else torch operations.
 
     All give the same bits; the kernels are faster by more than an order of magnitude.
 
     Raises:
         ValueError: a GPU that is too old.
     """
-    compiled: Backend | None
     if device.type == "cpu":
         library, why_not = cpu.load()
-        compiled = None if library is None else cpu.Twin(library)
+        if library is not None:
+            return cpu.Twin(library)
     elif device.type == "cuda" and torch.version.hip is None:
-        compiled, why_not = cuda.load(device)
+        kernels, why_not = cuda_driver.load(device)
+        if kernels is not None:
+            return cuda.Cuda(kernels)
     else:
         return _Reference(f"torch operations on {device.type} (no {device.type} kernel)")
-    if compiled is not None:
-        return compiled
-    warnings.warn(f"shardadam updates in torch operations, which is slow: {why_not}", stacklevel=2)
+    _warn_once(why_not)
     return _Reference(f"torch operations on {device.type} ({why_not})")
+
+
+@functools.cache
+def _warn_once(why_not: str) -> None:
+    warnings.warn(f"shardadam updates in torch operations, which is slow: {why_not}", stacklevel=3)
 
 
 def supports(dtype: torch.dtype) -> bool:

@@ -1,6 +1,7 @@
 """The compiled CPU twin: finds the library, passes it raw pointers. No torch ABI, no compiler."""
 
 import ctypes
+import functools
 import importlib.metadata
 import sys
 from collections.abc import Iterator, Sequence
@@ -153,6 +154,7 @@ class Twin:
         )
 
 
+@functools.cache
 def load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and a short reason."""
     for path in _candidates():

@@ -13,7 +13,11 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
+
 _SOURCES = Path(__file__).parent.parent / "csrc"
+# Of Tegra chips, whose cubins run nowhere else.
+_EMBEDDED = (72, 87, 101)
 _MAGIC = b"shardadam cubin 1\n"
 # What makes results equal to the CPU's bit by bit: every operation correctly rounded, no two fused.
 _OPTIONS = {"std": "c++17", "fma": False, "ftz": False, "prec_div": True, "prec_sqrt": True}
@@ -29,28 +33,35 @@ def nvrtc() -> tuple[str, list[int]]:
     Raises:
         CompilerMissing: cuda-core or NVRTC is not installed.
     """
+    extra = "cuda12" if (torch.version.cuda or "").startswith("12") else "cuda"
     try:
         from cuda.bindings import nvrtc as bindings
         from cuda.core import Program  # noqa: F401  (is it there?)
-    except ImportError as error:
+    except Exception as error:  # versions that don't fit together fail in their own ways
         raise CompilerMissing(
-            f'cuda-core is not installed ({error}): pip install "shardadam[cuda]"'
+            f'cuda-core can\'t be used ({error}): pip install "shardadam[{extra}]"'
         ) from None
     try:
         _, major, minor = bindings.nvrtcVersion()
         _, architectures = bindings.nvrtcGetSupportedArchs()
     except Exception as error:  # what it raises has changed with its versions
+        package = "nvidia-cuda-nvrtc-cu12" if extra == "cuda12" else "nvidia-cuda-nvrtc"
         raise CompilerMissing(
-            f"NVRTC could not be loaded ({str(error).splitlines()[0]}): pip install "
-            "nvidia-cuda-nvrtc (nvidia-cuda-nvrtc-cu12 for a torch built with CUDA 12)"
+            f"NVRTC could not be loaded ({str(error).splitlines()[0]}): pip install {package}"
         ) from None
     return f"{major}.{minor}", sorted(architectures)
 
 
 def architecture(capability: tuple[int, int], supported: list[int]) -> str | None:
-    """What to compile for: cubins run on the same major architecture from their own minor on."""
+    """What to compile for: the GPU's own, or an older of the same major, on which cubins run."""
     major, minor = capability
-    fitting = [arch for arch in supported if arch // 10 == major and arch % 10 <= minor]
+    fitting = [
+        arch
+        for arch in supported
+        if arch // 10 == major and arch % 10 <= minor and arch not in _EMBEDDED
+    ]
+    if 10 * major + minor in supported:
+        return f"sm_{10 * major + minor}"
     return f"sm_{max(fitting)}" if fitting else None
 
 
@@ -73,7 +84,7 @@ def compile_now(source: str, arch: str, defines: Mapping[str, int]) -> tuple[byt
         arch=arch, include_path=str(_SOURCES), define_macro=macros or None, **_OPTIONS
     )
     log = io.StringIO()
-    text = (_SOURCES / source).read_text()
+    text = (_SOURCES / source).read_text(encoding="ascii")
     code = Program(text, "c++", options).compile("cubin", logs=log).code
     return bytes(code), log.getvalue()
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels: found or compiled on first use, launched on torch's current stream.
+"""The CUDA backend: from runs to launches.
 
 Nothing here waits for the device, and what a launch reads it reads on the device or by value: so
 all of it may be captured in a CUDA graph, once every kernel is loaded. Importing this module loads
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardadam.kernels import cubins, exact_sum
+from shardadam.kernels import exact_sum
 from shardadam.kernels.coefficients import Coefficients
 from shardadam.kernels.cuda_arguments import (
     AMSGRAD,
@@ -30,9 +30,8 @@ from shardadam.kernels.cuda_arguments import (
     pointer,
     row_of,
 )
+from shardadam.kernels.cuda_driver import Kernels
 from shardadam.kernels.run import GRAD_FORMATS, Run, Slot, in_memory_order
-
-OLDEST = (7, 0)
 
 
 @dataclass(slots=True)
@@ -77,21 +76,18 @@ class _Launches:
 
 
 class Cuda:
-    """The CUDA kernels on one device, as a `Backend`."""
+    """The CUDA kernels on one device, as the `Backend` of one optimizer."""
 
     folds_on_device = True
 
-    def __init__(self, device: torch.device, arch: str, compiler: str) -> None:
-        self._device = device
-        self._arch = arch
-        self._compiler = compiler
-        self._kernels: dict[tuple[Any, ...], Any] = {}
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
         self._last: _Launches | None = None
 
     @property
     def name(self) -> str:
         """With the architecture compiled for, and the compiler."""
-        return f"CUDA kernel ({self._arch}, NVRTC {self._compiler})"
+        return f"CUDA kernel ({self._kernels.arch}, NVRTC {self._kernels.compiler})"
 
     # ---- the update -----------------------------------------------------------------------------
 
@@ -117,7 +113,7 @@ class Cuda:
         for launch in self._launches_for(runs):
             launch.batch.grads.point([run.grad for run in launch.runs])
             launch.batch.skip = pointer(skip)
-            self._launch(launch.kernel, launch.parts, THREADS, launch.batch)
+            self._kernels.launch(launch.kernel, launch.parts, THREADS, launch.batch)
 
     def _prepare(self, run: Run) -> _Prepared:
         self._check(run)
@@ -127,13 +123,12 @@ class Cuda:
             raise ValueError(run.no_kernel)
         nesterov, l2 = _terms(run.coefficients)
         flags = NESTEROV * nesterov + L2 * l2 + AMSGRAD * (run.max_exp_avg_sq is not None)
-        kernel = self._kernel(
-            "adam_cuda.cu",
-            "shardadam_update",
-            SHARDADAM_PARAM=run.param_format,
-            SHARDADAM_GRAD=grad_format,
-            SHARDADAM_FLAGS=flags,
-        )
+        codes = {
+            "SHARDADAM_PARAM": run.param_format,
+            "SHARDADAM_GRAD": grad_format,
+            "SHARDADAM_FLAGS": flags,
+        }
+        kernel = self._kernels.get("adam_cuda.cu", "shardadam_update", codes)
         # The bucket's tensors: they all start at the same element of the shard.
         start = int(run.exp_avg.storage_offset())
         bases = tuple(
@@ -154,8 +149,10 @@ class Cuda:
         for name, tensor in kept.items():
             if tensor is None:
                 continue
-            if tensor.device != self._device:
-                raise ValueError(f"{name} of a run is on {tensor.device}: expected {self._device}")
+            if tensor.device != self._kernels.device:
+                raise ValueError(
+                    f"{name} of a run is on {tensor.device}: expected {self._kernels.device}"
+                )
             if not tensor.is_contiguous() or tensor.numel() != run.param.numel():
                 raise ValueError(
                     f"{name} of a run has shape {tuple(tensor.shape)} and strides "
@@ -165,8 +162,9 @@ class Cuda:
     def _launches_for(self, runs: Sequence[Run]) -> list[_Launch]:
         """The launches for ``runs``; the last step's where these are the same."""
         coefficients = [run.coefficients for run in runs]
-        if self._last is not None and self._last.fit(runs, coefficients):
-            return self._last.launches
+        last = self._last
+        if last is not None and last.fit(runs, coefficients):
+            return last.launches
         by_identity = {id(given): given for given in coefficients}
         shared = {key: self._slot(given) for key, given in by_identity.items()}
         slots = [shared[id(given)] for given in coefficients]
@@ -190,7 +188,7 @@ class Cuda:
         if isinstance(coefficients, Slot):
             return coefficients
         values = [getattr(coefficients, name) for name in Coefficients.__slots__]
-        table = torch.tensor([values], dtype=torch.float64, device=self._device)
+        table = torch.tensor([values], dtype=torch.float64, device=self._kernels.device)
         return Slot(table, 0, *_terms(coefficients))
 
     # ---- steps and coefficients -----------------------------------------------------------------
@@ -203,13 +201,13 @@ class Cuda:
         ``factor`` (float64, 0-dim) multiplies gradients; where ``skip`` (float32, 0-dim) is not 0
         nothing happens.
         """
-        kernel = self._kernel("coefficients_cuda.cu", "shardadam_advance")
+        kernel = self._kernels.get("coefficients_cuda.cu", "shardadam_advance", {})
         for first in range(0, len(rows), ROWS):
             members = rows[first : first + ROWS]
             arguments = Rows(factor=pointer(factor), skip=pointer(skip))
             for index, row in enumerate(members):
                 arguments.row[index] = row_of(row)
-            self._launch(kernel, len(members), THREADS, arguments)
+            self._kernels.launch(kernel, len(members), THREADS, arguments)
 
     # ---- the norm -------------------------------------------------------------------------------
 
@@ -220,94 +218,27 @@ class Cuda:
             if tensor.numel():
                 by_dtype.setdefault(tensor.dtype, []).append(tensor)
         for dtype, tensors in by_dtype.items():
-            kernel = self._kernel(
-                "norm_cuda.cu", "shardadam_sum_squares", SHARDADAM_GRAD=GRAD_FORMATS[dtype]
-            )
+            code = {"SHARDADAM_GRAD": GRAD_FORMATS[dtype]}
+            kernel = self._kernels.get("norm_cuda.cu", "shardadam_sum_squares", code)
             for first in range(0, len(tensors), PIECES):
                 members = tensors[first : first + PIECES]
                 pieces = Pieces()
                 parts = pieces.fill([tensor.numel() for tensor in members])
                 pieces.point(members)
                 # Each block adds its sum to the total once: no more blocks than keep it busy.
-                blocks = min(parts, 16 * self._multiprocessors)
-                self._launch(kernel, blocks, THREADS, pieces, ctypes.c_void_p(words.data_ptr()))
+                blocks = min(parts, 16 * self._kernels.multiprocessors)
+                self._kernels.launch(
+                    kernel, blocks, THREADS, pieces, ctypes.c_void_p(words.data_ptr())
+                )
 
     def root(self, words: Tensor) -> Tensor:
         """The square root of an exact sum, a 0-dim float64 tensor."""
         assert words.numel() == exact_sum.WORDS
-        root = torch.empty((), dtype=torch.float64, device=self._device)
-        kernel = self._kernel("norm_cuda.cu", "shardadam_root", SHARDADAM_GRAD=0)
+        root = torch.empty((), dtype=torch.float64, device=self._kernels.device)
+        kernel = self._kernels.get("norm_cuda.cu", "shardadam_root", {})
         pointers = ctypes.c_void_p(words.data_ptr()), ctypes.c_void_p(root.data_ptr())
-        self._launch(kernel, 1, 1, *pointers)
+        self._kernels.launch(kernel, 1, 1, *pointers)
         return root
-
-    @property
-    def _multiprocessors(self) -> int:
-        return int(torch.cuda.get_device_properties(self._device).multi_processor_count)
-
-    # ---- kernels --------------------------------------------------------------------------------
-
-    def _kernel(self, source: str, name: str, **defines: int) -> Any:
-        key = (source, name, *defines.items())
-        kernel = self._kernels.get(key)
-        if kernel is None:
-            if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "a kernel has to be compiled and loaded, which can't be done while a CUDA "
-                    "graph is captured: expected a step() before, with gradients for the same "
-                    "params"
-                )
-            from cuda.core import ObjectCode
-
-            cubin = cubins.compiled(source, self._arch, defines)
-            with torch.cuda.device(self._device):
-                kernel = ObjectCode.from_cubin(cubin).get_kernel(name)
-            self._kernels[key] = kernel
-        return kernel
-
-    def _launch(self, kernel: Any, blocks: int, threads: int, *arguments: Any) -> None:
-        """Launch on torch's current stream. By cuda-bindings: cuda-core takes no structs."""
-        from cuda.bindings import driver
-
-        addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        with torch.cuda.device(self._device):
-            stream = torch.cuda.current_stream(self._device).cuda_stream
-            (result,) = driver.cuLaunchKernel(
-                driver.CUfunction(int(kernel.handle)),
-                *(blocks, 1, 1),
-                *(threads, 1, 1),
-                0,
-                stream,
-                ctypes.addressof(addresses),
-                0,
-            )
-        if int(result):
-            raise RuntimeError(f"launching a CUDA kernel failed: {result}")
-
-
-def load(device: torch.device) -> tuple[Cuda | None, str]:
-    """The kernels for ``device``, or None and a short reason.
-
-    Raises:
-        ValueError: a GPU that is older than what they are written for.
-    """
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST:
-        raise ValueError(
-            f"{torch.cuda.get_device_name(device)} has compute capability "
-            f"{capability[0]}.{capability[1]}: expected {OLDEST[0]}.{OLDEST[1]} or newer"
-        )
-    try:
-        version, supported = cubins.nvrtc()
-    except cubins.CompilerMissing as missing:
-        return None, str(missing)
-    arch = cubins.architecture(capability, supported)
-    if arch is None:
-        return None, (
-            f"NVRTC {version} does not compile for compute capability "
-            f"{capability[0]}.{capability[1]}: another nvidia-cuda-nvrtc is needed"
-        )
-    return Cuda(device, arch, version), ""
 
 
 def _terms(coefficients: Coefficients | Slot) -> tuple[bool, bool]:

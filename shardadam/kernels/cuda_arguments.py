@@ -20,19 +20,17 @@ AMSGRAD, NESTEROV, L2 = 1, 2, 4  # enum Flags of csrc/formats.h
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The params of one group in one bucket, for `Cuda.advance`.
+    """Neighbouring spans of one group in one bucket, for `Cuda.advance`.
 
-    ``step`` (float32), ``mu_product`` (float64, NAdam's), ``present`` (bool; None: all true) and
-    the rows of ``coefficients`` (float64, as `Slot.table`) belong to the bucket's spans, of which
-    the group has ``count`` from number ``first`` on. ``lr`` (float64, 0-dim) stands for
-    ``hyper.lr``.
+    ``step`` (float32), ``mu_product`` (float64, NAdam's) and the rows of ``coefficients`` (float64,
+    as `Slot.table`) belong to the bucket's spans, of which ``count`` from number ``first`` on are
+    meant. ``lr`` (float64, 0-dim) stands for ``hyper.lr``.
     """
 
     hyper: Hyperparameters
     lr: Tensor | None
     step: Tensor
     mu_product: Tensor | None
-    present: Tensor | None
     coefficients: Tensor
     first: int
     count: int
@@ -101,7 +99,6 @@ class _Row(ctypes.Structure):
         ("lr", ctypes.c_void_p),
         ("step", ctypes.c_void_p),
         ("mu_product", ctypes.c_void_p),
-        ("present", ctypes.c_void_p),
         ("coefficients", ctypes.c_void_p),
         ("first", ctypes.c_int32),
         ("count", ctypes.c_int32),
@@ -136,7 +133,6 @@ def row_of(row: Row) -> _Row:
         lr=pointer(row.lr),
         step=pointer(row.step),
         mu_product=pointer(row.mu_product),
-        present=pointer(row.present),
         coefficients=row.coefficients.data_ptr(),
         first=row.first,
         count=row.count,
