@@ -46,6 +46,7 @@ class Communicator:
         self.device = device
         self.ordinal = 0
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._divisors: dict[torch.dtype, Tensor] = {}
         self._stream: Any = None
         if process_group is None and not (dist.is_available() and dist.is_initialized()):
             return
@@ -168,7 +169,7 @@ class Communicator:
         if self.backend == "nccl" and world_size > 1 and flat.numel() and flat.dtype == mean.dtype:
             with self._says("reduce-scattering gradients"):
                 _reduce_scatter()(mean, flat, group=self.process_group)
-            mean.div_(world_size)
+            mean.div_(self._divisor(mean.dtype))
             return
         shards = flat
         if world_size > 1 and flat.numel():
@@ -179,7 +180,15 @@ class Communicator:
         mean.copy_(first)
         for other in others:
             mean += other
-        mean.div_(world_size)
+        mean.div_(self._divisor(mean.dtype))
+
+    def _divisor(self, dtype: torch.dtype) -> Tensor:
+        """The world size, 0-dim: by a Python number, torch on CUDA multiplies by its reciprocal."""
+        kept = self._divisors.get(dtype)
+        if kept is None:
+            kept = torch.full((), self.world_size, dtype=dtype, device=self.device)
+            self._divisors[dtype] = kept
+        return kept
 
     def all_gather(self, flats: Sequence[Tensor]) -> None:
         """In each of ``flats``, fill every rank's shard from its owner; all are under way at once.

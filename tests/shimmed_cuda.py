@@ -60,7 +60,11 @@ class ShimmedKernels:
     def get(self, source, name, defines):
         return self._loaded.setdefault((name, *defines.items()), (name, defines))
 
-    def launch(self, kernel, blocks, threads, *arguments):
+    def launch(self, launches):
+        for launch in launches:
+            self._launch(*launch)
+
+    def _launch(self, kernel, blocks, threads, arguments):
         name, defines = kernel
         self.launched.append(name)
         if self.grid is not None and name == "shardadam_update":

@@ -30,7 +30,7 @@ from shardadam.kernels.cuda_arguments import (
     pointer,
     row_of,
 )
-from shardadam.kernels.cuda_driver import Kernels
+from shardadam.kernels.cuda_driver import Kernel, Kernels, Launch
 from shardadam.kernels.run import GRAD_FORMATS, Run, Slot, in_memory_order
 
 
@@ -38,7 +38,7 @@ from shardadam.kernels.run import GRAD_FORMATS, Run, Slot, in_memory_order
 class _Prepared:
     """What of a run stays from step to step: its kernel, and where it lies from where."""
 
-    kernel: Any
+    kernel: Kernel
     grad_dtype: torch.dtype
     terms: tuple[bool, bool]
     start: int
@@ -46,24 +46,24 @@ class _Prepared:
 
 
 @dataclass(slots=True)
-class _Launch:
+class _Update:
     """Runs of one kernel on one bucket, and the arguments to launch it with."""
 
-    kernel: Any
+    kernel: Kernel
     runs: list[Run]
     batch: Batch
     parts: int
 
 
 @dataclass(slots=True)
-class _Launches:
+class _Updates:
     """What a step launched, and for what; it keeps all of it alive."""
 
     runs: list[Run]
     coefficients: list[Coefficients | Slot]
     prepared: list[_Prepared]
     slots: list[Slot]
-    launches: list[_Launch]
+    updates: list[_Update]
 
     def fit(self, runs: Sequence[Run], coefficients: Sequence[Coefficients | Slot]) -> bool:
         """Whether they are right for these, too."""
@@ -82,7 +82,7 @@ class Cuda:
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
-        self._last: _Launches | None = None
+        self._last: _Updates | None = None
 
     @property
     def name(self) -> str:
@@ -110,10 +110,13 @@ class Cuda:
     def update(self, runs: Sequence[Run], skip: Tensor | None = None) -> None:
         """Update every run in place; none where ``skip`` (float32, 0-dim) is not 0."""
         self.prepare(runs)
-        for launch in self._launches_for(runs):
-            launch.batch.grads.point([run.grad for run in launch.runs])
-            launch.batch.skip = pointer(skip)
-            self._kernels.launch(launch.kernel, launch.parts, THREADS, launch.batch)
+        updates = self._updates_for(runs)
+        for update in updates:
+            update.batch.grads.point([run.grad for run in update.runs])
+            update.batch.skip = pointer(skip)
+        self._kernels.launch(
+            [(update.kernel, update.parts, THREADS, (update.batch,)) for update in updates]
+        )
 
     def _prepare(self, run: Run) -> _Prepared:
         self._check(run)
@@ -159,12 +162,12 @@ class Cuda:
                     f"{tensor.stride()}: expected {run.param.numel()} contiguous elements"
                 )
 
-    def _launches_for(self, runs: Sequence[Run]) -> list[_Launch]:
-        """The launches for ``runs``; the last step's where these are the same."""
+    def _updates_for(self, runs: Sequence[Run]) -> list[_Update]:
+        """The launches for ``runs``: the last step's, where these are the same."""
         coefficients = [run.coefficients for run in runs]
         last = self._last
         if last is not None and last.fit(runs, coefficients):
-            return last.launches
+            return last.updates
         by_identity = {id(given): given for given in coefficients}
         shared = {key: self._slot(given) for key, given in by_identity.items()}
         slots = [shared[id(given)] for given in coefficients]
@@ -174,15 +177,15 @@ class Cuda:
                 prepared = run.prepared
                 key = (id(prepared.kernel), prepared.bases, slot.table.data_ptr())
                 groups.setdefault(key, []).append((run, slot))
-        launches = [
-            _launch_of(group[first : first + PIECES])
+        updates = [
+            _update_of(group[first : first + PIECES])
             for group in groups.values()
             for first in range(0, len(group), PIECES)
         ]
-        self._last = _Launches(
-            list(runs), coefficients, [run.prepared for run in runs], slots, launches
+        self._last = _Updates(
+            list(runs), coefficients, [run.prepared for run in runs], slots, updates
         )
-        return launches
+        return updates
 
     def _slot(self, coefficients: Coefficients | Slot) -> Slot:
         if isinstance(coefficients, Slot):
@@ -202,12 +205,14 @@ class Cuda:
         nothing happens.
         """
         kernel = self._kernels.get("coefficients_cuda.cu", "shardadam_advance", {})
+        launches: list[Launch] = []
         for first in range(0, len(rows), ROWS):
             members = rows[first : first + ROWS]
             arguments = Rows(factor=pointer(factor), skip=pointer(skip))
             for index, row in enumerate(members):
                 arguments.row[index] = row_of(row)
-            self._kernels.launch(kernel, len(members), THREADS, arguments)
+            launches.append((kernel, len(members), THREADS, (arguments,)))
+        self._kernels.launch(launches)
 
     # ---- the norm -------------------------------------------------------------------------------
 
@@ -217,6 +222,7 @@ class Cuda:
         for tensor in values:
             if tensor.numel():
                 by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        launches: list[Launch] = []
         for dtype, tensors in by_dtype.items():
             code = {"SHARDADAM_GRAD": GRAD_FORMATS[dtype]}
             kernel = self._kernels.get("norm_cuda.cu", "shardadam_sum_squares", code)
@@ -227,9 +233,9 @@ class Cuda:
                 pieces.point(members)
                 # Each block adds its sum to the total once: no more blocks than keep it busy.
                 blocks = min(parts, 16 * self._kernels.multiprocessors)
-                self._kernels.launch(
-                    kernel, blocks, THREADS, pieces, ctypes.c_void_p(words.data_ptr())
-                )
+                total = ctypes.c_void_p(words.data_ptr())
+                launches.append((kernel, blocks, THREADS, (pieces, total)))
+        self._kernels.launch(launches)
 
     def root(self, words: Tensor) -> Tensor:
         """The square root of an exact sum, a 0-dim float64 tensor."""
@@ -237,7 +243,7 @@ class Cuda:
         root = torch.empty((), dtype=torch.float64, device=self._kernels.device)
         kernel = self._kernels.get("norm_cuda.cu", "shardadam_root", {})
         pointers = ctypes.c_void_p(words.data_ptr()), ctypes.c_void_p(root.data_ptr())
-        self._kernels.launch(kernel, 1, 1, *pointers)
+        self._kernels.launch([(kernel, 1, 1, pointers)])
         return root
 
 
@@ -248,7 +254,7 @@ def _terms(coefficients: Coefficients | Slot) -> tuple[bool, bool]:
     return coefficients.grad_to_update != 0, coefficients.l2 != 0
 
 
-def _launch_of(members: Sequence[tuple[Run, Slot]]) -> _Launch:
+def _update_of(members: Sequence[tuple[Run, Slot]]) -> _Update:
     runs = [run for run, _ in members]
     batch = Batch()
     parts = batch.grads.fill([run.param.numel() for run in runs])
@@ -257,4 +263,4 @@ def _launch_of(members: Sequence[tuple[Run, Slot]]) -> _Launch:
     first: _Prepared = runs[0].prepared
     batch.param, batch.master, batch.exp_avg, batch.exp_avg_sq, batch.max_exp_avg_sq = first.bases
     batch.coefficients = members[0][1].table.data_ptr()
-    return _Launch(first.kernel, runs, batch, parts)
+    return _Update(first.kernel, runs, batch, parts)

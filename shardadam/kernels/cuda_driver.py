@@ -1,7 +1,8 @@
 """CUDA kernels of one device: compiled or found, loaded once in a process, launched."""
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,18 @@ from shardadam.kernels import cubins
 OLDEST = (7, 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A loaded kernel: ``function`` is what cuda-bindings launches, ``owner`` keeps it loaded."""
+
+    function: Any
+    owner: Any
+
+
+# A kernel, blocks, threads and arguments: structs and pointers of ctypes.
+Launch = tuple[Kernel, int, int, tuple[Any, ...]]
+
+
 class Kernels:
     """The kernels for ``device``, loaded on first use and shared by all optimizers on it."""
 
@@ -18,9 +31,9 @@ class Kernels:
         self.device = device
         self.arch = arch
         self.compiler = compiler
-        self._loaded: dict[tuple[Any, ...], Any] = {}
+        self._loaded: dict[tuple[Any, ...], Kernel] = {}
 
-    def get(self, source: str, name: str, defines: Mapping[str, int]) -> Any:
+    def get(self, source: str, name: str, defines: Mapping[str, int]) -> Kernel:
         """The kernel ``name`` of ``csrc/<source>``, compiled with ``defines``.
 
         Raises:
@@ -29,6 +42,7 @@ class Kernels:
         key = (source, name, *defines.items())
         kernel = self._loaded.get(key)
         if kernel is None:
+            from cuda.bindings import driver
             from cuda.core import ObjectCode
 
             with torch.cuda.device(self.device):
@@ -40,28 +54,25 @@ class Kernels:
                     )
                 self._enter_context()
                 cubin = cubins.compiled(source, self.arch, defines)
-                kernel = ObjectCode.from_cubin(cubin).get_kernel(name)
-            self._loaded[key] = kernel
+                owner = ObjectCode.from_cubin(cubin).get_kernel(name)
+            kernel = self._loaded[key] = Kernel(driver.CUfunction(int(owner.handle)), owner)
         return kernel
 
-    def launch(self, kernel: Any, blocks: int, threads: int, *arguments: Any) -> None:
+    def launch(self, launches: Sequence[Launch]) -> None:
         """Launch on torch's current stream. By cuda-bindings: cuda-core takes no structs."""
         from cuda.bindings import driver
 
-        addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         with torch.cuda.device(self.device):
             self._enter_context()
-            (result,) = driver.cuLaunchKernel(
-                driver.CUfunction(int(kernel.handle)),
-                *(blocks, 1, 1),
-                *(threads, 1, 1),
-                0,
-                torch.cuda.current_stream(self.device).cuda_stream,
-                ctypes.addressof(addresses),
-                0,
-            )
-        if int(result):
-            raise RuntimeError(f"launching a CUDA kernel failed: {result}")
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+            for kernel, blocks, threads, arguments in launches:
+                addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+                grid, block = (blocks, 1, 1), (threads, 1, 1)
+                (result,) = driver.cuLaunchKernel(
+                    kernel.function, *grid, *block, 0, stream, ctypes.addressof(addresses), 0
+                )
+                if int(result):
+                    raise RuntimeError(f"launching a CUDA kernel failed: {result}")
 
     def _enter_context(self) -> None:
         """Make the device's context this thread's, if it has none.

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 def module(path: str) -> ModuleType:

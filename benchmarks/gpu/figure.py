@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_speed import COPY, FOREACH, FORMATS, FUSED, FUSED_BF16, KERNEL, OURS
+from gpu.speed import COPY, FOREACH, FORMATS, FUSED, FUSED_BF16, KERNEL, OURS
 
 COLORS = {
     OURS: "#1f5fbf",
@@ -18,7 +18,7 @@ OTHERS = ("#2e8b57", "#8a4fbf")
 
 
 def draw(file: Path, title: str, rows: Sequence[dict[str, Any]]) -> str | None:
-    """Draw ``rows`` of `gpu_speed`; None, or why that could not be."""
+    """Draw ``rows`` of `speed`; None, or why that could not be."""
     if not rows:
         return "nothing was measured"
     try:

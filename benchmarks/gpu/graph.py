@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_equal import same_bits
-from gpu_report import Clock, Report, listed
 from torch import nn
 
 import shardadam
+from gpu.equal import same_bits
+from gpu.report import Clock, Report, listed
 
 CLAIM = "replays of a captured step equal eager steps"
 SHAPES = [(1,), (129,), (64, 65), (8193,), (300, 301), *((1 + i % 37,) for i in range(150))]

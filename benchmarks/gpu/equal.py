@@ -3,10 +3,10 @@
 import random
 
 import torch
-from gpu_checkout import module
-from gpu_report import Clock, Report, free_memory, listed
 from torch import Tensor
 
+from gpu.checkout import module
+from gpu.report import Clock, Report, free_memory, listed
 from shardadam.kernels import Backend, Run, backend_for, exact_sum
 
 kernel_runs = module("tests/kernel_runs.py")

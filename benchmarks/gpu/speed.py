@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpu_report import Clock, Report, free_memory, l2_bytes, listed, quartiles
 from torch import Tensor, nn
 
 import shardadam
+from gpu.report import Clock, Report, free_memory, l2_bytes, listed, quartiles
 from shardadam.kernels import Hyperparameters, Run, backend_for, fold
 
 CLAIM_COPY = "≥ 92 % of a copy's bandwidth from 64 M elements on"
@@ -162,7 +162,6 @@ def _case(
                 }
             )
     contenders.clear()
-    backend_for(device).update([])  # it keeps the tensors of its last step alive
     gc.collect()
     return rows, dropped
 
@@ -231,15 +230,14 @@ def _others(
         }
     modules = {"apex": "apex.optimizers", "TransformerEngine": "transformer_engine.pytorch"}
     for library, module in modules.items():
-        try:
-            found = importlib.import_module(module)
-        except ImportError:
-            continue
         name = f"{library} FusedAdam"
         try:
+            found = importlib.import_module(module)
             fused_adam = getattr(found, "FusedAdam", None) or found.optimizers.FusedAdam
             optimizer = fused_adam([param], weight_decay=0.01, **options[library])
-        except Exception as error:
+        except ModuleNotFoundError:
+            continue
+        except Exception as error:  # what doesn't fit this torch fails in its own way
             yield name, error
             continue
         yield name, Contender(optimizer.step, moved)

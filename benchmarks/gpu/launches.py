@@ -1,16 +1,16 @@
 """What a step costs the CPU: per launch, eager and as the replay of a CUDA graph."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from gpu_graph import capture
-from gpu_report import Clock, Report, quartiles
 from torch import nn
 
 import shardadam
-from shardadam.kernels import backend_for
+from gpu.graph import capture
+from gpu.report import Clock, Report, quartiles
+from shardadam.kernels.cuda_driver import Launch
 
 CLAIM_LAUNCH = "≤ 12 µs of CPU time for a kernel launch"
 CLAIM_STEP = "≤ 12 µs of CPU time of step() per launch with 300 buckets"
@@ -22,25 +22,26 @@ REPEATS = 50
 
 
 def check(report: Report, device: torch.device, clock: Clock, quick: bool) -> None:
-    """Time everything; one after the other, as a step is quickest if it was the last one, too."""
-    backend = backend_for(device)
+    """Time everything, then judge."""
     found: dict[str, Any] = {}
     report.numbers["launches"] = found
     for buckets, size in BUCKETS.items():
-        step = _step(shardadam.AdamW, device, bucket_bytes=size)
-        step()
-        launches = _launches(backend, step)
+        optimizer = _optimizer(shardadam.AdamW, device, bucket_bytes=size)
+        optimizer.step()
+        launches = _launches(optimizer)
         found[f"shardadam, {buckets} buckets"] = {
             "launches": len(launches),
-            "step_us": quartiles(_host_us(step, device)),
-            **_replay_us(step, device),
+            "step_us": quartiles(_host_us(optimizer.step, device)),
+            **_replay_us(optimizer.step, device),
         }
-    fused = _step(torch.optim.AdamW, device, fused=True)
-    found["torch AdamW(fused)"] = {"step_us": quartiles(_host_us(fused, device))}
-    capturable = _step(torch.optim.AdamW, device, fused=True, capturable=True)
-    found["torch AdamW(fused)"].update(_replay_us(capturable, device))
-    bare = launches[-1]
-    found["launch_us"] = quartiles(_host_us(lambda: backend._launch(*bare), device, 4 * REPEATS))
+    launch, bare = optimizer._backend._kernels.launch, launches[-1]
+    found["launch_us"] = quartiles(_host_us(lambda: launch([bare]), device, 4 * REPEATS))
+    fused = _optimizer(torch.optim.AdamW, device, fused=True)
+    capturable = _optimizer(torch.optim.AdamW, device, fused=True, capturable=True)
+    found["torch AdamW(fused)"] = {
+        "step_us": quartiles(_host_us(fused.step, device)),
+        **_replay_us(capturable.step, device),
+    }
     judge(report, found)
 
 
@@ -61,29 +62,28 @@ def judge(report: Report, found: dict[str, Any]) -> None:
     report.judge(shares[-1] <= MOST_US, CLAIM_STEP, f"{shares[-1]:.1f} µs. {'. '.join(parts)}")
 
 
-def _step(
-    optimizer_class: type[torch.optim.Optimizer], device: torch.device, **options: object
-) -> Callable[[], object]:
+def _optimizer(optimizer_class: type[Any], device: torch.device, **options: object) -> Any:
     params = [nn.Parameter(torch.randn(SIZE, SIZE, device=device)) for _ in range(PARAMS)]
     for param in params:
         param.grad = torch.randn_like(param)
-    return optimizer_class(params, **options).step
+    return optimizer_class(params, **options)
 
 
-def _launches(backend: Any, step: Callable[[], object]) -> list[tuple[Any, ...]]:
-    """The arguments of every launch of a step, which does happen."""
-    seen = []
-    launch = backend._launch
+def _launches(optimizer: Any) -> list[Launch]:
+    """Every launch of a step, which does happen."""
+    kernels = optimizer._backend._kernels
+    seen: list[Launch] = []
+    launch = kernels.launch
 
-    def watched(*arguments: Any) -> None:
-        seen.append(arguments)
-        launch(*arguments)
+    def watched(launches: Sequence[Launch]) -> None:
+        seen.extend(launches)
+        launch(launches)
 
-    backend._launch = watched
+    kernels.launch = watched
     try:
-        step()
+        optimizer.step()
     finally:
-        del backend._launch
+        del kernels.launch
     return seen
 
 

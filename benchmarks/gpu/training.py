@@ -4,11 +4,11 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from gpu_checkout import module
-from gpu_equal import same_bits
-from gpu_report import Clock, Report, listed
 
 import shardadam
+from gpu.checkout import module
+from gpu.equal import same_bits
+from gpu.report import Clock, Report, listed
 
 corpus_module, gpt = module("examples/corpus.py"), module("examples/gpt.py")
 
