@@ -89,6 +89,7 @@ def check_update(arch: str, formats: tuple, variant: tuple, defines: dict[str, i
     return None
 
 
+@pytest.mark.timeout(1200)  # 624 compilations: two minutes on two idle cores
 def test_every_variant_for_every_architecture(capsys):
     jobs = [(arch, *job) for arch in architectures() for job in update_defines()]
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
