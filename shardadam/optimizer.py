@@ -1,15 +1,14 @@
 """The sharded optimizer: what Adam, AdamW and NAdam share. `step()` reads as its phases."""
 
 import contextlib
-import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shardadam import amp, clipping, placement, state_dict
+from shardadam import amp, clipping, placement
 from shardadam.agreement import Point, Range, digest, first_difference, meet
 from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
@@ -17,6 +16,7 @@ from shardadam.gradients import GradReducer
 from shardadam.kernels import Hyperparameters, Run, backend_for
 from shardadam.options import Options
 from shardadam.runs import bucket_runs
+from shardadam.state_dict import others, plan_load, shard_of
 from shardadam.steps import DeviceSteps, HostSteps, Planned, Steps
 
 _Seen = dict[str, Range]
@@ -38,12 +38,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     _scalars: dict[str, float] = {"step": 0.0}  # noqa: RUF012  (torch.optim is no dataclass)
     _places: dict[Tensor, tuple[FlatBucket, int]] | None = None
-    _loading: list[dict[str, Any]] | None = None
+    _loading: dict[str, Any] | None = None
 
     # ---- construction ---------------------------------------------------------------------------
 
-    def _shard(self, options: Options) -> None:
-        """Take over the params: the last act of construction."""
+    def _shard(
+        self, options: Options, rounds: Sequence[Sequence[placement.Candidate] | None] = (None,)
+    ) -> None:
+        """Take over the params: the last act of construction. A copy's ``rounds`` are given."""
         device = placement.single_device(self.param_groups)
         self._options = options
         self._communicator = Communicator(options.process_group, device)
@@ -55,13 +57,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._buckets: list[FlatBucket] = []
         self._clipped: clipping.Clipped | None = None
         self._broken: str | None = None
+        self.grad_norm = None
         self._places = {}
-        self._place()
+        self._rounds: list[Sequence[placement.Candidate]] = []
+        for candidates in rounds:
+            self._place(candidates)
 
-    def _place(self) -> None:
+    def _place(self, candidates: Sequence[placement.Candidate] | None = None) -> None:
         """Lay out the params that have no place yet: new ones, unfrozen ones. Collective."""
         assert self._places is not None
-        candidates = placement.unplaced(self.param_groups, self._places)
+        if candidates is None:
+            candidates = placement.unplaced(self.param_groups, self._places)
         settings = placement.hyperparameters(self.param_groups, self.defaults)
         settings += [type(self).__name__, *self._options.lines()]
         buckets = placement.place(
@@ -72,6 +78,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._options,
             scalars_on_device=self._backend.folds_on_device,
         )
+        self._rounds.append(candidates)
         self._buckets += buckets
         self._reducer.add(buckets)
         for candidate in candidates:
@@ -84,12 +91,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _show(self, bucket: FlatBucket) -> None:
         """Let ``self.state`` show the bucket's state."""
         for index, param in enumerate(bucket.params):
-            self.state[param] = bucket.state_of(index)
-
-    def _ensure_state(self, bucket: FlatBucket, name: str) -> None:
-        if name not in bucket.state:
-            bucket.add_state(name)
-            self._show(bucket)
+            self.state[param].update(bucket.state_of(index))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.optim, on every rank alike."""
@@ -216,8 +218,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for grads in self._reducer.grads:
             if any(grads.present):
                 bucket = grads.bucket
-                if any(self.param_groups[group].get("amsgrad") for group in bucket.groups):
-                    self._ensure_state(bucket, "max_exp_avg_sq")
+                amsgrad = any(self.param_groups[group].get("amsgrad") for group in bucket.groups)
+                if amsgrad and "max_exp_avg_sq" not in bucket.state:
+                    bucket.add_state("max_exp_avg_sq")
+                    self._show(bucket)
                 planned = self._steps.plan(bucket, grads.present, hypers, factor)
                 steps.append(planned)
                 runs += bucket_runs(grads, planned.coefficients, self.param_groups)
@@ -322,12 +326,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         "shard" says which those are; `load_state_dict` on the same rank of the same world goes on
         bit for bit.
         """
-        packed: dict[str, Any] = super().state_dict()
-        if self._communicator.world_size > 1:
-            params = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
-            ids = {param: index for index, param in enumerate(params)}
-            packed["shard"] = state_dict.shard_of(self._places or {}, ids, self._communicator)
-        return packed
+
+        def add(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
+            packed["shard"] = shard_of(self.param_groups, self._places or {}, self._communicator)
+
+        if self._communicator.world_size == 1:
+            return super().state_dict()
+        # Runs before the user's hooks, which may make something else of it.
+        handle = self.register_state_dict_post_hook(add, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this rank's `state_dict()`, or full tensors as torch.optim's optimizers save them.
@@ -337,15 +347,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: something does not fit; names the param, and nothing has been changed.
         """
-        given: list[dict[str, Any]] = []
 
-        def take(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            given.append(state_dict)
-            return {**state_dict, "state": {}}
+        def take(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            self._loading = given
+            return {**given, "state": others(given)}
 
         # Runs after the user's hooks. torch then checks the groups and calls __setstate__.
         handle = self.register_load_state_dict_pre_hook(take)
-        self._loading = given
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -354,36 +362,30 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """As in torch.optim, for pickling and copying."""
-        return {**super().__getstate__(), "_options": self._options}
+        shard = shard_of(self.param_groups, self._places or {}, self._communicator, by_param=True)
+        more = {"_options": self._options, "_rounds": self._rounds, "shard": shard}
+        return {**super().__getstate__(), **more}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As in torch.optim: called by `load_state_dict`, by unpickling and by copying."""
-        if self._places is not None:
-            given = self._loading[0] if self._loading else state
-            writes = state_dict.plan(self.param_groups, self._places, self._communicator, given)
-            super().__setstate__({**state, "state": self.state})
-            for write in writes:
-                write()
-            for bucket in self._buckets:
-                self._show(bucket)
-                self._steps.watch(bucket)
-            self._forget_grads()
-            return
-        super().__setstate__(state)
-        copied, self.state = self.state, defaultdict(dict)
-        self._shard(self._options)
-        self._restore(copied)
-
-    def _restore(self, copied: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
-        """Fill the state, just laid out, from what `state` was on the original."""
+        given = self._loading or state
+        rounds = state.get("_rounds", ())
+        state = {name: value for name, value in state.items() if name not in ("shard", "_rounds")}
+        if self._places is None:
+            super().__setstate__({**state, "state": defaultdict(dict)})
+            self._shard(self._options, rounds)
         assert self._places is not None
-        for param, values in copied.items():
-            for name, value in values.items():
-                if name not in self.state[param]:
-                    self._ensure_state(self._places[param][0], name)
-                self.state[param][name].copy_(value)
+        for write in plan_load(self.param_groups, self._places, self._communicator, given):
+            write()
+        shown: dict[Any, Any] = {p: {} for p in self.state if p in self._places}
+        self.state = defaultdict(dict, shown)
         for bucket in self._buckets:
+            self._show(bucket)
             self._steps.watch(bucket)
+        for key, value in others(state).items():
+            self.state[key] = {**shown[key], **value} if key in shown else value
+        super().__setstate__({**state, "state": self.state})
+        self._forget_grads()
 
     def __repr__(self) -> str:
         """Torch's, and what runs: ranks, gradients, memory, kernel."""

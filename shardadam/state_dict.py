@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,24 +15,53 @@ from shardadam.kernels.run import in_memory_order
 _Places = Mapping[Tensor, tuple[FlatBucket, int]]
 Write = Callable[[], object]
 
+# What a param's entry may hold of ours: the rest is somebody else's.
+_OURS = frozenset(
+    ("step", "mu_product", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "remainder")
+)
+
 
 def shard_of(
-    places: _Places, ids: Mapping[Tensor, int], communicator: Communicator
+    param_groups: Sequence[Mapping[str, Any]],
+    places: _Places,
+    communicator: Communicator,
+    *,
+    by_param: bool = False,
 ) -> dict[str, Any]:
-    """Which elements a state dict holds: the rank, and per param id ``(first, number)``."""
+    """Which elements a state dict holds: the rank, and per param id ``(first, number)``.
+
+    ``by_param``: by the param itself, as in `Optimizer.__getstate__`.
+    """
+    ids: dict[Tensor, Any] = {}
+    params = itertools.chain.from_iterable(group["params"] for group in param_groups)
+    for index, param in enumerate(params):
+        ids.setdefault(param, param if by_param else index)
     return {
         "rank": communicator.rank,
         "world_size": communicator.world_size,
         "ranges": {
             ids[param]: (piece.param_offset, piece.numel)
             for param, (bucket, index) in places.items()
+            if param in ids  # a user may have taken it out of its group
             for piece in (bucket.pieces[index],)
         },
     }
 
 
-def plan(
-    param_groups: list[dict[str, Any]],
+def others(given: Mapping[str, Any]) -> dict[Any, Any]:
+    """What the state in a state dict holds besides ours: users and hooks keep things there."""
+    ids = {id for group in given["param_groups"] for id in group["params"]}
+    kept: dict[Any, Any] = {}
+    for key, value in given["state"].items():
+        if key in ids:
+            value = {name: item for name, item in value.items() if name not in _OURS}
+        if key not in ids or value:
+            kept[key] = value
+    return kept
+
+
+def plan_load(
+    param_groups: Sequence[Mapping[str, Any]],
     places: _Places,
     communicator: Communicator,
     given: Mapping[str, Any],
@@ -92,7 +121,7 @@ class _Reader:
     def tensors(self, entry: Mapping[str, Any], amsgrad: bool) -> list[Write]:
         """Writes for the sharded tensors."""
         names = list(self._bucket.state)
-        if amsgrad and "max_exp_avg_sq" not in names:
+        if (amsgrad or "max_exp_avg_sq" in entry) and "max_exp_avg_sq" not in names:
             names.append("max_exp_avg_sq")
         return [partial(self._write, name, self._value(name, entry)) for name in names]
 
