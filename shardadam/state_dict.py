@@ -33,9 +33,13 @@ def shard_of(
     ``by_param``: by the param itself, as in `Optimizer.__getstate__`.
     """
     ids: dict[Tensor, Any] = {}
-    params = itertools.chain.from_iterable(group["params"] for group in param_groups)
-    for index, param in enumerate(params):
-        ids.setdefault(param, param if by_param else index)
+    first = 0
+    for group in param_groups:
+        # As torch numbers a param that is listed twice: by its first group, its last place there.
+        ids = {param: index for index, param in enumerate(group["params"], first)} | ids
+        first += len(group["params"])
+    if by_param:
+        ids = {param: param for param in ids}
     return {
         "rank": communicator.rank,
         "world_size": communicator.world_size,
