@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from shardadam import amp, clipping, placement
 from shardadam.agreement import Point, Range, digest, first_difference, meet
@@ -37,7 +38,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     # GradScaler then leaves unscaling and skipping to step(), where all ranks decide as one.
     _step_supports_amp_scaling = True
     _scalars: dict[str, float] = {"step": 0.0}  # noqa: RUF012  (torch.optim is no dataclass)
-    _places: dict[Tensor, tuple[FlatBucket, int]] | None = None
+    _sharded = False  # not before the end of torch's constructor
     _loading: dict[str, Any] | None = None
 
     # ---- construction ---------------------------------------------------------------------------
@@ -58,14 +59,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._clipped: clipping.Clipped | None = None
         self._broken: str | None = None
         self.grad_norm = None
-        self._places = {}
+        self._sharded = True
+        self._places: dict[Tensor, tuple[FlatBucket, int]] = {}
         self._rounds: list[Sequence[placement.Candidate]] = []
         for candidates in rounds:
             self._place(candidates)
 
     def _place(self, candidates: Sequence[placement.Candidate] | None = None) -> None:
         """Lay out the params that have no place yet: new ones, unfrozen ones. Collective."""
-        assert self._places is not None
         if candidates is None:
             candidates = placement.unplaced(self.param_groups, self._places)
         settings = placement.hyperparameters(self.param_groups, self.defaults)
@@ -96,7 +97,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.optim, on every rank alike."""
         super().add_param_group(param_group)
-        if self._places is not None:
+        if self._sharded:
             try:
                 placement.single_device(self.param_groups)
                 self._place()
@@ -106,6 +107,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     # ---- the step -------------------------------------------------------------------------------
 
+    @_disable_dynamo  # traced, host arithmetic would be compiled, and round otherwise
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Average the gradients, update this rank's shard, gather the params. Collective.
@@ -148,7 +150,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._check()
         except (ValueError, RuntimeError) as caught:
             error = caught
-        assert self._places is not None
         late = placement.unplaced(self.param_groups, self._places)
         settings: list[str] = []
         present: list[bool] = []
@@ -234,6 +235,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     # ---- gradients ------------------------------------------------------------------------------
 
+    @_disable_dynamo
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, *, error_if_nonfinite: bool = False) -> Tensor:
         """Clip the norm of all gradients, over all params and ranks. Collective.
@@ -328,7 +330,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
 
         def add(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
-            packed["shard"] = shard_of(self.param_groups, self._places or {}, self._communicator)
+            packed["shard"] = shard_of(self.param_groups, self._places, self._communicator)
 
         if self._communicator.world_size == 1:
             return super().state_dict()
@@ -362,7 +364,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """As in torch.optim, for pickling and copying."""
-        shard = shard_of(self.param_groups, self._places or {}, self._communicator, by_param=True)
+        shard = shard_of(self.param_groups, self._places, self._communicator, by_param=True)
         more = {"_options": self._options, "_rounds": self._rounds, "shard": shard}
         return {**super().__getstate__(), **more}
 
@@ -371,10 +373,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         given = self._loading or state
         rounds = state.get("_rounds", ())
         state = {name: value for name, value in state.items() if name not in ("shard", "_rounds")}
-        if self._places is None:
+        if not self._sharded:
             super().__setstate__({**state, "state": defaultdict(dict)})
             self._shard(self._options, rounds)
-        assert self._places is not None
         for write in plan_load(self.param_groups, self._places, self._communicator, given):
             write()
         shown: dict[Any, Any] = {p: {} for p in self.state if p in self._places}
@@ -389,7 +390,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         """Torch's, and what runs: ranks, gradients, memory, kernel."""
-        if self._places is None:
+        if not self._sharded:
             return super().__repr__()
         options, ranks = self._options, self._communicator
         held = sum(t.nbytes for bucket in self._buckets for t in bucket.state.values())

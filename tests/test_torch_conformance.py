@@ -52,7 +52,7 @@ def runs_downhill(kind, params, options, make_schedulers) -> None:
     optimizer = ours(kind)(params, **options)
     schedulers = [make(optimizer) for make in make_schedulers]
     before = loss_of(params).item()
-    for _ in range(20):
+    for _ in range(12):
         loss = loss_of(params)
         optimizer.step()
         for scheduler in schedulers:
