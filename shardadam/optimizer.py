@@ -146,11 +146,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _meet(self, point: Point, asked: str = "") -> _Seen:
         """Check this rank, then meet the others: nothing below fails for a reason foreseen here."""
         error: Exception | None = None
+        late: list[placement.Candidate] = []
         try:
             self._check()
+            late = placement.unplaced(self.param_groups, self._places)
         except (ValueError, RuntimeError) as caught:
             error = caught
-        late = placement.unplaced(self.param_groups, self._places)
         settings: list[str] = []
         present: list[bool] = []
         if self._communicator.world_size > 1:  # else there is nobody to compare with

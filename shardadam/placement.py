@@ -1,5 +1,6 @@
 """From param groups to buckets: which params, checked alone and against the other ranks."""
 
+import warnings
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ class Candidate:
 
 
 def single_device(param_groups: Sequence[dict[str, Any]]) -> torch.device:
-    """The device of all params.
+    """The device of all params but those on the meta device, of which it warns.
 
     Raises:
         ValueError: there are several; names the first param that is elsewhere.
@@ -41,6 +42,14 @@ def single_device(param_groups: Sequence[dict[str, Any]]) -> torch.device:
         for index, group in enumerate(param_groups)
         for name, param in named(index, group)
     ]
+    waiting = [candidate.name for candidate in candidates if candidate.param.is_meta]
+    if waiting:
+        warnings.warn(
+            f"{waiting[0]} is on the meta device, and is optimized only once it is materialized "
+            "in place: expected the optimizer to be made after the model is materialized",
+            stacklevel=4,
+        )
+    candidates = [candidate for candidate in candidates if not candidate.param.is_meta]
     if not candidates:
         return torch.device("cpu")
     first = candidates[0]
@@ -62,10 +71,25 @@ def named(index: int, group: dict[str, Any]) -> list[tuple[str, Tensor]]:
 
 
 def unplaced(param_groups: Sequence[dict[str, Any]], placed: Container[Tensor]) -> list[Candidate]:
-    """The params that are to be optimized and have no place yet; frozen ones are left out."""
+    """The params that are to be optimized and have no place yet.
+
+    Frozen ones are left out, and those on the meta device, as long as they have no gradient.
+
+    Raises:
+        RuntimeError: one on the meta device has a gradient.
+    """
 
     def wanted(param: Tensor) -> bool:
-        return param not in placed and (param.requires_grad or param.grad is not None)
+        if param in placed or not (param.requires_grad or param.grad is not None):
+            return False
+        if param.is_meta and param.grad is not None:
+            # The words of torch's fused kernels; its other ones do nothing and say nothing.
+            raise RuntimeError(
+                "a param is on the meta device and has a gradient: `fused=True` requires all the "
+                "params to be floating point Tensors of supported devices, and so does every "
+                "update here. Expected the model to be materialized first"
+            )
+        return not param.is_meta
 
     found: dict[Tensor, Candidate] = {}  # a param that is listed twice counts once
     for index, group in enumerate(param_groups):
@@ -129,7 +153,7 @@ def place(
     masters: list[str | None] = []
     error = None
     try:
-        masters = [_master(candidate, options) for candidate in candidates]
+        masters = [_master(candidate, communicator.device, options) for candidate in candidates]
         _refuse_shared_memory(candidates)
     except ValueError as caught:
         error = caught
@@ -177,13 +201,13 @@ def place(
     return flat_buckets
 
 
-def _master(candidate: Candidate, options: Options) -> str | None:
+def _master(candidate: Candidate, device: torch.device, options: Options) -> str | None:
     """Which state makes up the fp32 master weight of a param, if it is not one itself."""
     param, name = candidate.param, candidate.name
     if hasattr(param, "device_mesh"):
         raise ValueError(f"{name} is a DTensor (FSDP2, tensor parallel): not supported yet")
-    if param.is_meta:
-        raise ValueError(f"{name} is on the meta device: materialize the model first")
+    if param.device != device:
+        raise ValueError(f"{name} is on {param.device}, but the optimizer was made for {device}")
     if param.layout is not torch.strided or not supports(real_dtype(param)):
         raise ValueError(
             f"{name}: expected a dense float32, float64, bfloat16, float16 or complex param, "

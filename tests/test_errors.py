@@ -53,9 +53,6 @@ def test_our_own_arguments(options, message):
 @pytest.mark.parametrize(
     ("params", "options", "message"),
     [
-        ([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, device="meta"))], {},
-         "all params must be on one device: param 0 of group 0 is on cpu, param 1 of group 0 on"),
-        ([nn.Parameter(torch.ones(3, device="meta"))], {}, "materialize the model first"),
         ([nn.Parameter(torch.ones(3, dtype=torch.float16))], {"master": "split"},
          "param 0 of group 0 is float16"),
         ([nn.Parameter(torch.ones(3).to(torch.float8_e5m2))], {},

@@ -302,3 +302,30 @@ def test_sparse_gradients_are_refused(kind):
     with pytest.raises(RuntimeError, match="does not support sparse gradients"):
         optimizer.step()
     assert all(map(torch.equal, params, copies))
+
+
+@behaviour
+def test_params_on_the_meta_device(kind):
+    """An error where torch's fused kernels have one; waited for, where torch steps nothing."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 5))
+    with pytest.warns(UserWarning, match="param 0 of group 0 is on the meta device"):
+        optimizer = ours(kind)(model.parameters())
+    optimizer.step()
+    for param in model.parameters():
+        param.grad = torch.rand_like(param)
+    expected = "`fused=True` requires all the params to be floating point Tensors"
+    with pytest.raises(RuntimeError, match=expected):
+        optimizer.step()
+    optimizer.zero_grad()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to_empty(device="cpu")  # each Parameter stays the object it is
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    params = tuple(model[0].parameters())
+    for param in model.parameters():
+        nn.init.ones_(param)
+    steps(optimizer, params, 2)
+    assert optimizer.state[params[0]]["step"] == 2 and (params[0] != 1).any()
+    assert set(optimizer.state) == set(model.parameters())
