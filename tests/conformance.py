@@ -36,18 +36,22 @@ def inputs(kind: str, dtype: torch.dtype = torch.float32, *flags: str) -> list[d
     return [copy.deepcopy({**a, **b}) for a, b in itertools.product(given, with_flags)]
 
 
-def behaviour(test: Callable[[str], None]) -> Callable[[str, int], None]:
-    """A test of ``test(kind)``: in this process alone, and on two ranks that do the same."""
+def behaviour(test: Callable[[str], None]) -> Callable[[str], None]:
+    """A test of ``test(kind)``: for each kind in this process, for all on two ranks alike."""
+
+    def main(rank: int) -> None:
+        for kind in KINDS:
+            torch.manual_seed(0)
+            try:
+                test(kind)
+            except Exception as error:
+                raise AssertionError(f"{kind} on two ranks") from error
 
     @pytest.mark.filterwarnings("ignore:gradients are equal on all ranks")
-    @pytest.mark.parametrize("world_size", [1, 2])
-    @pytest.mark.parametrize("kind", KINDS)
-    def run(kind: str, world_size: int) -> None:
-        def main(rank: int = 0) -> None:
-            torch.manual_seed(0)
-            test(kind)
-
-        main() if world_size == 1 else run_ranks(world_size, main)
+    @pytest.mark.parametrize("kind", [*KINDS, "on two ranks"])
+    def run(kind: str) -> None:
+        torch.manual_seed(0)
+        test(kind) if kind in KINDS else run_ranks(2, main)
 
     run.__name__, run.__doc__, run.__module__ = test.__name__, test.__doc__, test.__module__
     return run

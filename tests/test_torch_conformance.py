@@ -56,7 +56,7 @@ def runs_downhill(kind, params, options, make_schedulers) -> None:
         loss = loss_of(params)
         optimizer.step()
         for scheduler in schedulers:
-            scheduler.step(*([loss] if isinstance(scheduler, ReduceLROnPlateau) else []))
+            scheduler.step(*([loss.item()] if isinstance(scheduler, ReduceLROnPlateau) else []))
     after = loss_of(params).item()
     assert after > before if options.get("maximize") else after < before
 

@@ -22,7 +22,7 @@ def test_groups_of_their_own_with_schedulers(kind):
         for _ in range(20):
             loss = optimizer.step(lambda params=params: loss_of(params))
             for scheduler in schedulers:
-                scheduler.step(*([loss] if isinstance(scheduler, ReduceLROnPlateau) else []))
+                scheduler.step(*([loss.item()] if isinstance(scheduler, ReduceLROnPlateau) else []))
         assert loss_of(params).item() < before
 
 
