@@ -76,7 +76,6 @@ class Adam(_AdamRule, torch.optim.Adam):
         master: Master = "auto",
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     ) -> None:
-        _refuse(differentiable)
         options = Options(
             process_group, grad_sync, shard_grads, max_grad_norm, master, bucket_bytes
         )
@@ -90,6 +89,7 @@ class Adam(_AdamRule, torch.optim.Adam):
             foreach=foreach,
             maximize=maximize,
             capturable=capturable,
+            differentiable=differentiable,
             fused=fused,
             # torch < 2.7 does not know it.
             **({"decoupled_weight_decay": True} if decoupled_weight_decay else {}),
@@ -121,7 +121,6 @@ class AdamW(_AdamRule, torch.optim.AdamW):
         master: Master = "auto",
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     ) -> None:
-        _refuse(differentiable)
         options = Options(
             process_group, grad_sync, shard_grads, max_grad_norm, master, bucket_bytes
         )
@@ -135,6 +134,7 @@ class AdamW(_AdamRule, torch.optim.AdamW):
             foreach=foreach,
             maximize=maximize,
             capturable=capturable,
+            differentiable=differentiable,
             fused=fused,
         )
         self._shard(options)
@@ -166,7 +166,6 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
         master: Master = "auto",
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     ) -> None:
-        _refuse(differentiable)
         options = Options(
             process_group, grad_sync, shard_grads, max_grad_norm, master, bucket_bytes
         )
@@ -181,6 +180,7 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
             foreach=foreach,
             maximize=maximize,
             capturable=capturable,
+            differentiable=differentiable,
         )
         self._shard(options)
 
@@ -204,14 +204,6 @@ def _shared(
         maximize=group["maximize"],
         momentum_decay=momentum_decay,
     )
-
-
-def _refuse(differentiable: bool) -> None:
-    if differentiable:
-        raise ValueError(
-            "differentiable=True is not supported: step() writes params in place. "
-            "Use torch.optim to differentiate through a step"
-        )
 
 
 for _class in (Adam, AdamW, NAdam):

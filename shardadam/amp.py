@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shardadam.agreement import Range
 from shardadam.collectives import Communicator
 
 
@@ -35,8 +36,13 @@ def in_use(optimizer: torch.optim.Optimizer) -> bool:
     return any(isinstance(getattr(optimizer, name, None), Tensor) for name in _ATTRIBUTES)
 
 
-def agree(optimizer: torch.optim.Optimizer, communicator: Communicator) -> Scaling:
-    """The scaling for all ranks, of which some may have no GradScaler. Collective."""
+def agree(optimizer: torch.optim.Optimizer, communicator: Communicator, scaled: Range) -> Scaling:
+    """The scaling for all ranks, of which some may have no GradScaler. Collective.
+
+    ``scaled`` is what the ranks said of `in_use`.
+    """
+    if not scaled.high:
+        return Scaling()
     own, found = (
         value.detach().to(communicator.device, dtype).reshape(())
         if isinstance(value := getattr(optimizer, name, None), Tensor)

@@ -21,6 +21,16 @@ class Clipped:
     versions: list[tuple[Tensor, int] | None]
 
 
+def check(clipped: Clipped | None, reducer: GradReducer) -> None:
+    """Raise ValueError if a gradient has changed since ``clipped`` was made; names the param."""
+    name = None if clipped is None else reducer.changed_since(clipped.versions)
+    if name is not None:
+        raise ValueError(
+            f"the gradient of {name} changed between clip_grad_norm_() and step(): "
+            "expected clip_grad_norm_() after the last backward pass"
+        )
+
+
 def norm(reducer: GradReducer, backend: Backend, communicator: Communicator) -> Tensor:
     """The 2-norm of the reduced gradients over all params and ranks. Collective.
 

@@ -125,6 +125,14 @@ class GradReducer:
                             "in backward: expected no DDP wrapper with shard_grads=True"
                         )
 
+    def refuse_differentiable(self) -> None:
+        """Raise ValueError if there is a gradient: a step in place can't be differentiated."""
+        if any(self.presence()):
+            raise ValueError(
+                "differentiable=True is not supported: step() writes params in place. "
+                "Use torch.optim to differentiate through a step"
+            )
+
     def presence(self) -> list[bool]:
         """Per span of every bucket in order: is there a gradient, here or already reduced?"""
         return [

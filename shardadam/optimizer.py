@@ -126,7 +126,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         seen = self._meet(Point.STEP)
-        scaling = self._scaling(seen)
+        scaling = amp.agree(self, self._communicator, seen["scaled"])
         if not self._skips(scaling):
             self._reduce(seen, scaling)
             factor = self._clip(scaling)
@@ -175,9 +175,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             return self._meet(point, asked)
         self._reducer.give_hint(seen["gradients"])
         return seen
-
-    def _scaling(self, seen: _Seen) -> amp.Scaling:
-        return amp.agree(self, self._communicator) if seen["scaled"].high else amp.Scaling()
 
     def _skips(self, scaling: amp.Scaling) -> bool:
         """Whether the host skips the step; on a GPU the kernels do."""
@@ -253,7 +250,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         self._clipped = None
         seen = self._meet(Point.CLIP, f"max_norm={max_norm}, {error_if_nonfinite=}")
-        self._reduce(seen, self._scaling(seen))
+        self._reduce(seen, amp.agree(self, self._communicator, seen["scaled"]))
         norm = self._measure_norm(None)
         assert self.grad_norm is not None
         if error_if_nonfinite and not norm.isfinite():
@@ -303,14 +300,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for bucket in self._buckets:
             bucket.check_views()
         self._reducer.check()
-        if self._clipped is not None:
-            name = self._reducer.changed_since(self._clipped.versions)
-            if name is not None:
-                raise ValueError(
-                    f"the gradient of {name} changed between clip_grad_norm_() and step(): "
-                    "expected clip_grad_norm_() after the last backward pass"
-                )
+        clipping.check(self._clipped, self._reducer)
         amp.check(self)
+        if any(group.get("differentiable") for group in self.param_groups):
+            self._reducer.refuse_differentiable()
 
     @contextlib.contextmanager
     def _broken_by_errors(self) -> Iterator[None]:

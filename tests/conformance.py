@@ -19,7 +19,7 @@ INFOS = {
     for info in common_optimizers.optim_db
     if info.optim_cls in (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam)
 }
-# differentiable=True is refused, by a decision; test_differentiable_is_refused says so.
+# differentiable=True is refused by step(): test_a_differentiable_step_is_refused says so.
 FLAGS = ["foreach", "fused"]
 
 

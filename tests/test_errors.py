@@ -42,7 +42,6 @@ def test_hyperparameters_are_refused_in_torchs_words(kind, options):
         ({"max_grad_norm": 0.0}, "Invalid max_grad_norm: 0.0"),
         ({"bucket_bytes": 0}, "Invalid bucket_bytes: 0"),
         ({"shard_grads": True, "grad_sync": "none"}, "expected one of the two"),
-        ({"differentiable": True}, "differentiable=True is not supported"),
     ],
 )
 def test_our_own_arguments(options, message):

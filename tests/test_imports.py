@@ -18,7 +18,8 @@ LEVELS = [
     ["kernels.reference", "kernels.cpu", "kernels.cuda"],
     ["kernels"],
     ["buffers", "collectives", "options"],
-    ["agreement", "amp", "steps"],
+    ["agreement", "steps"],
+    ["amp"],
     ["gradients", "placement", "shards", "state_dict"],
     ["clipping", "runs"],
     ["optimizer"],
@@ -33,7 +34,7 @@ KNOW_ONLY = {
     "buffers": {"layout", "kernels"},
     "collectives": {"kernels"},
     "agreement": {"collectives"},
-    "amp": {"collectives"},
+    "amp": {"agreement", "collectives"},
     "steps": {"buffers", "kernels"},
 }
 
