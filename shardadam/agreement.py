@@ -26,6 +26,7 @@ class Point(enum.IntEnum):
     BACKWARD_END = 3
     CLIP = 4
     STEP = 5
+    CONSOLIDATION = 6
 
 
 _NAMES = {
@@ -34,6 +35,7 @@ _NAMES = {
     Point.BACKWARD_END: "the end of backward()",
     Point.CLIP: "clip_grad_norm_()",
     Point.STEP: "step()",
+    Point.CONSOLIDATION: "consolidate_state_dict()",
 }
 
 

@@ -220,6 +220,41 @@ class Communicator:
                         _all_gather()(flat, own, group=group)
             together.wait()  # makes the current stream wait, not the host
 
+    def gather(self, shards: Sequence[Tensor], to: int) -> list[Tensor]:
+        """Bring every rank's ``shards`` to rank ``to`` of the group; all are under way at once.
+
+        Args:
+            shards: this rank's, of the same lengths on every rank.
+            to: the receiver.
+
+        Returns:
+            On rank ``to`` a tensor for each of ``shards``, of all ranks' in their order, on the
+            host, because a device that holds its share may not hold everybody's; else nothing.
+        """
+        if self.world_size == 1:
+            return [shard.to("cpu", copy=True) for shard in shards]
+        group = self.process_group
+        if self.backend != "nccl":  # gloo sends from and receives on the host only
+            group, shards = self._host_group, [shard.to(self._host_device) for shard in shards]
+        flats = []
+        operations = []
+        for shard in shards:
+            if self.rank == to:
+                flats.append(shard.new_empty(self.world_size * shard.numel()))
+                for owner, part in enumerate(_shards(flats[-1], self.world_size)):
+                    if owner == to:
+                        part.copy_(shard)
+                    else:
+                        operations.append(dist.P2POp(dist.irecv, part, None, group, 0, owner))
+            else:
+                operations.append(dist.P2POp(dist.isend, shard, None, group, 0, to))
+        operations = [operation for operation in operations if operation.tensor.numel()]
+        if operations:
+            with self._says("gathering the state"):
+                for work in dist.batch_isend_irecv(operations):
+                    work.wait()
+        return [flat.cpu() for flat in flats]
+
     @contextlib.contextmanager
     def _says(self, doing: str) -> Iterator[None]:
         """Adds to torch.distributed's error what this optimizer was doing."""

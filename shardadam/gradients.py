@@ -102,13 +102,21 @@ class GradReducer:
         for grads in self.grads:
             grads.clear()
 
-    def check(self) -> None:
+    def check(self, differentiable: bool) -> None:
         """Raise if a gradient can't be used; names the param.
+
+        Args:
+            differentiable: whether the step is to be, which one in place can't.
 
         Raises:
             RuntimeError: a sparse gradient.
             ValueError: a gradient of another dtype, device or shape than its param's.
         """
+        if differentiable and any(self.presence()):
+            raise ValueError(
+                "differentiable=True is not supported: step() writes params in place. "
+                "Use torch.optim to differentiate through a step"
+            )
         for grads in self.grads:
             bucket = grads.bucket
             for name, param, grad in zip(bucket.names, bucket.params, grads.local(), strict=True):
@@ -124,14 +132,6 @@ class GradReducer:
                             f"the gradient of {name} came back after it had been reduced and freed "
                             "in backward: expected no DDP wrapper with shard_grads=True"
                         )
-
-    def refuse_differentiable(self) -> None:
-        """Raise ValueError if there is a gradient: a step in place can't be differentiated."""
-        if any(self.presence()):
-            raise ValueError(
-                "differentiable=True is not supported: step() writes params in place. "
-                "Use torch.optim to differentiate through a step"
-            )
 
     def presence(self) -> list[bool]:
         """Per span of every bucket in order: is there a gradient, here or already reduced?"""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from shardadam import amp, clipping, placement
+from shardadam import amp, clipping, consolidation, placement
 from shardadam.agreement import Point, Range, digest, first_difference, meet
 from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
@@ -17,7 +17,7 @@ from shardadam.gradients import GradReducer
 from shardadam.kernels import Hyperparameters, Run, backend_for
 from shardadam.options import Options
 from shardadam.runs import bucket_runs
-from shardadam.state_dict import others, plan_load, shard_of
+from shardadam.state_dict import ids_of, others, pack, plan_load
 from shardadam.steps import DeviceSteps, HostSteps, Planned, Steps
 
 _Seen = dict[str, Range]
@@ -283,8 +283,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _measure_norm(self, scale: Tensor | None) -> Tensor:
         norm = clipping.norm(self._reducer, self._backend, self._communicator)
-        if scale is not None:
-            norm = norm / scale
+        norm = norm if scale is None else norm / scale
         self.grad_norm = norm.to(torch.get_default_dtype())
         return norm
 
@@ -299,11 +298,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
         for bucket in self._buckets:
             bucket.check_views()
-        self._reducer.check()
+        self._reducer.check(any(group.get("differentiable") for group in self.param_groups))
         clipping.check(self._clipped, self._reducer)
         amp.check(self)
-        if any(group.get("differentiable") for group in self.param_groups):
-            self._reducer.refuse_differentiable()
 
     @contextlib.contextmanager
     def _broken_by_errors(self) -> Iterator[None]:
@@ -318,22 +315,29 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, in torch's form. Never communicates, never raises.
 
-        With several ranks, state tensors hold the elements that this rank owns, and an entry
-        "shard" says which those are; `load_state_dict` on the same rank of the same world goes on
-        bit for bit.
+        With several ranks its tensors hold the elements that this rank owns, and know which: the
+        same rank of the same world goes on bit for bit, torch.distributed.checkpoint at any size.
         """
 
-        def add(_: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
-            packed["shard"] = shard_of(self.param_groups, self._places, self._communicator)
+        def pack_(_: torch.optim.Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
+            return pack(packed, ids_of(self.param_groups), self._places, self._communicator)
 
-        if self._communicator.world_size == 1:
-            return super().state_dict()
         # Runs before the user's hooks, which may make something else of it.
-        handle = self.register_state_dict_post_hook(add, prepend=True)
-        try:
+        with self.register_state_dict_post_hook(pack_, prepend=True):
             return super().state_dict()
-        finally:
-            handle.remove()
+
+    @torch.no_grad()
+    def consolidate_state_dict(self, to: int = 0) -> dict[str, Any] | None:
+        """The whole state on the host of rank ``to`` of the group, None on others. Collective.
+
+        torch.optim's class of the same name loads it, and this one at any world size: it finds
+        16-bit params' masters in entries that torch ignores.
+
+        Raises:
+            ValueError: ``to`` is not a rank, or differs between ranks.
+        """
+        held = self.state_dict(), self.param_groups, self._buckets
+        return consolidation.consolidate(*held, self._communicator, to, self._broken)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this rank's `state_dict()`, or full tensors as torch.optim's optimizers save them.
@@ -348,25 +352,24 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._loading = given
             return {**given, "state": others(given)}
 
-        # Runs after the user's hooks. torch then checks the groups and calls __setstate__.
-        handle = self.register_load_state_dict_pre_hook(take)
         try:
-            super().load_state_dict(state_dict)
+            # Runs after the user's hooks. torch then checks the groups and calls __setstate__.
+            with self.register_load_state_dict_pre_hook(take):
+                super().load_state_dict(state_dict)
         finally:
-            handle.remove()
             self._loading = None
 
     def __getstate__(self) -> dict[str, Any]:
         """As in torch.optim, for pickling and copying."""
-        shard = shard_of(self.param_groups, self._places, self._communicator, by_param=True)
-        more = {"_options": self._options, "_rounds": self._rounds, "shard": shard}
-        return {**super().__getstate__(), **more}
+        ids = {param: param for param in self._places}
+        packed = pack(super().__getstate__(), ids, self._places, self._communicator)
+        return {**packed, "_options": self._options, "_rounds": self._rounds}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As in torch.optim: called by `load_state_dict`, by unpickling and by copying."""
         given = self._loading or state
         rounds = state.get("_rounds", ())
-        state = {name: value for name, value in state.items() if name not in ("shard", "_rounds")}
+        state = {name: value for name, value in state.items() if name != "_rounds"}
         if not self._sharded:
             super().__setstate__({**state, "state": defaultdict(dict)})
             self._shard(self._options, rounds)
@@ -386,12 +389,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Torch's, and what runs: ranks, gradients, memory, kernel."""
         if not self._sharded:
             return super().__repr__()
-        options, ranks = self._options, self._communicator
+        ranks = self._communicator
         held = sum(t.nbytes for bucket in self._buckets for t in bucket.state.values())
-        grads = "sharded in backward" if options.shard_grads else f"grad_sync={options.grad_sync!r}"
         return (
             f"{super().__repr__()}\n"
-            f"sharded: rank {ranks.rank} of {ranks.world_size} ({ranks.backend}), {grads}, "
-            f"{len(self._buckets)} buckets, {held:,} bytes of state on this rank, "
-            f"update by {self._backend.name}"
+            f"sharded: rank {ranks.rank} of {ranks.world_size} ({ranks.backend}), "
+            f"{self._options.describe_grads()}, {len(self._buckets)} buckets, "
+            f"{held:,} bytes of state on this rank, update by {self._backend.name}"
         )

@@ -38,6 +38,10 @@ class Options:
         if self.bucket_bytes <= 0:
             raise ValueError(f"Invalid bucket_bytes: {self.bucket_bytes}, expected more than 0")
 
+    def describe_grads(self) -> str:
+        """How gradients are exchanged, for the user."""
+        return "sharded in backward" if self.shard_grads else f"grad_sync={self.grad_sync!r}"
+
     def lines(self) -> list[str]:
         """What must be equal on every rank, a line each."""
         names = ("grad_sync", "shard_grads", "max_grad_norm", "master", "bucket_bytes")

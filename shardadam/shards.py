@@ -31,21 +31,21 @@ class ParamShard:
 
 def shards_of(places: Mapping[Tensor, tuple[FlatBucket, int]]) -> list[ParamShard]:
     """The shards of all ``places`` of an optimizer, in their order; ``numel`` may be 0."""
-    shards = []
-    for param, (bucket, index) in places.items():
-        piece = bucket.pieces[index]
-        strides = bucket.views[index].stride()
-        part = slice(piece.shard_offset, piece.shard_offset + piece.numel)
-        shards.append(
-            ParamShard(
-                name=bucket.names[index],
-                param=param,
-                offset=piece.param_offset,
-                numel=piece.numel,
-                dims=tuple(sorted(range(len(strides)), key=strides.__getitem__, reverse=True)),
-                values=bucket.shard[part],
-                tensors={name: tensor[part] for name, tensor in bucket.state.items()},
-                scalars={name: values[index] for name, values in bucket.scalars.items()},
-            )
-        )
-    return shards
+    return [shard_of(bucket, index) for bucket, index in places.values()]
+
+
+def shard_of(bucket: FlatBucket, index: int) -> ParamShard:
+    """The shard of the param of span ``index``."""
+    piece = bucket.pieces[index]
+    strides = bucket.views[index].stride()
+    part = slice(piece.shard_offset, piece.shard_offset + piece.numel)
+    return ParamShard(
+        name=bucket.names[index],
+        param=bucket.params[index],
+        offset=piece.param_offset,
+        numel=piece.numel,
+        dims=tuple(sorted(range(len(strides)), key=strides.__getitem__, reverse=True)),
+        values=bucket.shard[part],
+        tensors={name: tensor[part] for name, tensor in bucket.state.items()},
+        scalars={name: values[index] for name, values in bucket.scalars.items()},
+    )

@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
 from shardadam.kernels.run import in_memory_order
+from shardadam.shard_tensor import Extent, ShardTensor, extent_of
+from shardadam.shards import ParamShard, shard_of, shards_of
 
 _Places = Mapping[Tensor, tuple[FlatBucket, int]]
 Write = Callable[[], object]
@@ -21,35 +24,55 @@ _OURS = frozenset(
 )
 
 
-def shard_of(
-    param_groups: Sequence[Mapping[str, Any]],
-    places: _Places,
-    communicator: Communicator,
-    *,
-    by_param: bool = False,
-) -> dict[str, Any]:
-    """Which elements a state dict holds: the rank, and per param id ``(first, number)``.
-
-    ``by_param``: by the param itself, as in `Optimizer.__getstate__`.
-    """
-    ids: dict[Tensor, Any] = {}
+def ids_of(param_groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, int]:
+    """The numbers that torch.optim gives params in a state dict."""
+    ids: dict[Tensor, int] = {}
     first = 0
     for group in param_groups:
         # As torch numbers a param that is listed twice: by its first group, its last place there.
         ids = {param: index for index, param in enumerate(group["params"], first)} | ids
         first += len(group["params"])
-    if by_param:
-        ids = {param: param for param in ids}
-    return {
-        "rank": communicator.rank,
-        "world_size": communicator.world_size,
-        "ranges": {
-            ids[param]: (piece.param_offset, piece.numel)
-            for param, (bucket, index) in places.items()
-            if param in ids  # a user may have taken it out of its group
-            for piece in (bucket.pieces[index],)
-        },
-    }
+    return ids
+
+
+def pack(
+    packed: dict[str, Any],
+    ids: Mapping[Tensor, Any],
+    places: _Places,
+    communicator: Communicator,
+) -> dict[str, Any]:
+    """``packed``, its tensors knowing which elements they hold: see [Note: checkpoints].
+
+    ``ids``: the keys of its "state".
+    """
+    if communicator.world_size == 1:
+        return packed
+    state = dict(packed["state"])
+    for shard in shards_of(places):
+        id = ids.get(shard.param)
+        if id in state:
+            extent = _extent(shard, communicator)
+            tensors = {name: _pairs(shard, value) for name, value in shard.tensors.items()}
+            wrapped = {name: ShardTensor(value, extent) for name, value in tensors.items()}
+            state[id] = {**state[id], **wrapped}
+    return {**packed, "state": state}
+
+
+def _extent(shard: ParamShard, communicator: Communicator) -> Extent:
+    reals = 2 if shard.param.is_complex() else 1
+    return extent_of(
+        shard.param.shape,
+        shard.dims,
+        shard.offset // reals,
+        shard.numel // reals,
+        communicator.rank,
+        communicator.world_size,
+    )
+
+
+def _pairs(shard: ParamShard, value: Tensor) -> Tensor:
+    """Complex where the param is."""
+    return torch.view_as_complex(value.view(-1, 2)) if shard.param.is_complex() else value
 
 
 def others(given: Mapping[str, Any]) -> dict[Any, Any]:
@@ -76,11 +99,15 @@ def plan_load(
         ValueError: an entry is missing or has the wrong shape; names the param.
     """
     params = itertools.chain.from_iterable(group["params"] for group in param_groups)
-    shard = given.get("shard")
     writes: list[Write] = []
     saved = [(id, group) for group in given["param_groups"] for id in group["params"]]
     for (saved_id, saved_group), param in zip(saved, params, strict=True):
-        entry = given["state"].get(saved_id, {})
+        entry = {
+            name: value
+            for name, value in given["state"].get(saved_id, {}).items()
+            # What torch.distributed.checkpoint.state_dict makes of an entry that was not saved.
+            if not (isinstance(value, Mapping) and not value)
+        }
         if param not in places:
             if entry:
                 warnings.warn(
@@ -88,8 +115,7 @@ def plan_load(
                     stacklevel=5,
                 )
             continue
-        bucket, index = places[param]
-        reader = _Reader(bucket, index, saved_id, shard, communicator)
+        reader = _Reader(*places[param], communicator)
         writes += reader.scalars(entry)
         writes += reader.tensors(entry, bool(saved_group.get("amsgrad", False)))
     return writes
@@ -98,21 +124,12 @@ def plan_load(
 class _Reader:
     """Reads one param's entry."""
 
-    def __init__(
-        self,
-        bucket: FlatBucket,
-        index: int,
-        saved_id: int,
-        shard: Mapping[str, Any] | None,
-        communicator: Communicator,
-    ) -> None:
+    def __init__(self, bucket: FlatBucket, index: int, communicator: Communicator) -> None:
         self._bucket = bucket
         self._index = index
         self._piece = bucket.pieces[index]
         self._name = bucket.names[index]
-        self._range = None if shard is None else shard["ranges"].get(saved_id)
-        self._shard = shard
-        self._communicator = communicator
+        self._extent = _extent(shard_of(bucket, index), communicator)
 
     def scalars(self, entry: Mapping[str, Any]) -> list[Write]:
         """Writes for "step" and its like; older torch versions saved floats."""
@@ -131,7 +148,7 @@ class _Reader:
 
     def _value(self, name: str, entry: Mapping[str, Any]) -> Tensor | None:
         """This rank's elements of one state tensor; None for zeros."""
-        if name in entry:
+        if name in entry and not self._is_stale(name, entry[name]):
             return self._own(name, entry[name])
         if name == "master":
             return self._bucket.shard_piece(self._index)
@@ -142,6 +159,14 @@ class _Reader:
             return self._own(name, entry["exp_avg_sq"])
         raise ValueError(f"{self._name}: the state dict has no {name!r} for it")
 
+    def _is_stale(self, name: str, value: Any) -> bool:
+        """Whether torch.optim has had it, which casts what it loads and does not update it."""
+        return (
+            name in ("master", "remainder")
+            and isinstance(value, Tensor)
+            and value.dtype != self._bucket.state[name].dtype
+        )
+
     def _write(self, name: str, value: Tensor | None) -> None:
         if name not in self._bucket.state:
             self._bucket.add_state(name)
@@ -149,22 +174,30 @@ class _Reader:
         target = self._bucket.state[name][piece.shard_offset : piece.shard_offset + piece.numel]
         target.zero_() if value is None else target.copy_(value)
 
-    def _own(self, name: str, value: Tensor) -> Tensor:
+    def _own(self, name: str, value: Any) -> Tensor:
         """This rank's elements of a saved tensor, whether full or already sharded."""
-        param, piece = self._bucket.params[self._index], self._piece
-        if value.shape == param.shape:
-            return in_memory_order(self._bucket.piece_of(piece, value))
-        if self._shard is not None and value.dim() == 1:
-            saved = (self._shard["rank"], self._shard["world_size"])
-            here = (self._communicator.rank, self._communicator.world_size)
-            if saved == here and tuple(self._range or ()) == (piece.param_offset, piece.numel):
-                return value
+        if isinstance(value, ShardTensor):
+            return self._own_shard(name, value)
+        if hasattr(value, "device_mesh"):
             raise ValueError(
-                f"{self._name}: {name} was saved by rank {saved[0]} of {saved[1]} as elements "
-                f"(first, number) {self._range}; this is rank {here[0]} of {here[1]} and owns "
-                f"{(piece.param_offset, piece.numel)}. Expected the same layout"
+                f"{self._name}: {name} is a DTensor; expected its full_tensor(), or a checkpoint "
+                "that torch.distributed.checkpoint loads into this optimizer"
             )
-        raise ValueError(
-            f"{self._name}: expected {name} of shape {tuple(param.shape)}, "
-            f"found {tuple(value.shape)}"
-        )
+        if value.shape != self._bucket.params[self._index].shape:
+            raise ValueError(
+                f"{self._name}: expected {name} of shape {self._extent.shape}, "
+                f"found {tuple(value.shape)}"
+            )
+        return in_memory_order(self._bucket.piece_of(self._piece, value))
+
+    def _own_shard(self, name: str, value: ShardTensor) -> Tensor:
+        saved, here = value.extent, self._extent
+        if not saved.same_elements(here):
+            raise ValueError(
+                f"{self._name}: {name} was saved by rank {saved.rank} of {saved.world_size} as "
+                f"{saved}; this is rank {here.rank} of {here.world_size} and owns {here}. Expected "
+                "the same layout; torch.distributed.checkpoint reads any, as does every rank what "
+                "consolidate_state_dict() returns"
+            )
+        local = value.local
+        return torch.view_as_real(local).flatten() if local.is_complex() else local

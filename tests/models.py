@@ -33,3 +33,31 @@ def values(model: nn.Module) -> list[Tensor]:
 def same(left: list[Tensor], right: list[Tensor]) -> bool:
     """Whether two lists of tensors are equal to the last bit."""
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+class Awkward(nn.Module):
+    """Channels last, transposed, complex, 0-dim, empty, tied and frozen params."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+
+        def random(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, dtype=dtype)
+
+        self.last = nn.Parameter(random(6, 5, 4, 3).to(memory_format=torch.channels_last))
+        self.turned = nn.Parameter(random(37, 11).t())
+        self.sliced = nn.Parameter(random(9, 8)[:, ::2])
+        self.waves = nn.Parameter(random(13, 17, dtype=torch.complex64))
+        self.scale = nn.Parameter(random(()).squeeze())
+        self.empty = nn.Parameter(random(0, 4))
+        self.frozen = nn.Parameter(random(5), requires_grad=False)
+        self.narrow = nn.Parameter(random(3, 1, 200))
+
+    def train_a_step(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for param in self.parameters():
+            if param.requires_grad:
+                shape = (*param.shape, 2) if param.is_complex() else param.shape
+                grad = torch.randn(shape, generator=generator).to(param.real.dtype)
+                param.grad = torch.view_as_complex(grad) if param.is_complex() else grad

@@ -1,0 +1,71 @@
+"""The whole state on one rank: from every rank's shards to full tensors, bucket by bucket."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from shardadam.agreement import Point, digest, first_difference, meet
+from shardadam.buffers import FlatBucket, view_like
+from shardadam.collectives import Communicator
+from shardadam.state_dict import ids_of
+
+
+def consolidate(
+    packed: dict[str, Any],
+    param_groups: list[dict[str, Any]],
+    buckets: Sequence[FlatBucket],
+    communicator: Communicator,
+    to: int,
+    broken: str | None,
+) -> dict[str, Any] | None:
+    """``packed`` with full tensors on rank ``to``, None on the others. Collective.
+
+    Args:
+        packed: this rank's `state_dict()`; its entries are replaced, not changed.
+        param_groups: the optimizer's.
+        buckets: all of them, in the same order on every rank.
+        communicator: the ranks.
+        to: the receiver, in the process group.
+        broken: what broke an earlier step off, if anything did.
+
+    The tensors of one bucket share their storage.
+
+    Raises:
+        ValueError: ``to`` is not a rank, or differs between ranks.
+        RuntimeError: the state is not whole; another rank failed.
+    """
+    error: Exception | None = None
+    if broken is not None:
+        error = RuntimeError(
+            f"an earlier step() was broken off by {broken}: the shards of the state may not belong "
+            "together, so there is nothing to consolidate"
+        )
+    elif not isinstance(to, int) or not 0 <= to < communicator.world_size:
+        error = ValueError(
+            f"Invalid to: {to!r}, expected a rank from 0 to {communicator.world_size - 1}"
+        )
+    names = [name for bucket in buckets for name in bucket.state]
+    words = {"to": 0 if error else int(to), "names": digest("\n".join(names))}
+    seen = meet(communicator, Point.CONSOLIDATION, words, error)
+    if not (seen["to"].agreed and seen["names"].agreed):
+        difference = first_difference(communicator.exchange([f"to={to!r}", *names]))
+        raise ValueError(f"ranks differ in what they consolidate: {difference}")
+
+    ids = ids_of(param_groups)
+    state = dict(packed["state"])
+    for bucket in buckets:
+        flats = communicator.gather(list(bucket.state.values()), to)
+        if communicator.rank != to:
+            continue
+        for index, (param, span) in enumerate(zip(bucket.params, bucket.bucket.spans, strict=True)):
+            if param not in ids:
+                continue  # its group has been removed
+            part = slice(span.offset, span.offset + span.numel)
+            state[ids[param]] = {
+                **state.get(ids[param], {}),
+                **{name: values[index].cpu().clone() for name, values in bucket.scalars.items()},
+                **{
+                    name: view_like(param, flat[part])
+                    for name, flat in zip(bucket.state, flats, strict=True)
+                },
+            }
+    return {**packed, "state": state} if communicator.rank == to else None
