@@ -67,11 +67,12 @@ check: $(READY) ## lint, formatting, types, and files under 400 lines
 		xargs wc -l | awk '$$1 > 400 && $$2 != "total" { bad = 1; print $$2 ": " $$1 \
 		" lines; over 400, it wants to be two files" } END { exit bad }'
 
-bench: $(READY) ## time the CPU kernel, many small params, the collectives, consolidation
+bench: $(READY) ## time the CPU kernel, many small params, the collectives, consolidation, checkpoints
 	$(BIN)/python benchmarks/cpu_kernel.py
 	$(BIN)/python benchmarks/small_params.py
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) benchmarks/collectives.py
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) benchmarks/consolidate.py
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) benchmarks/checkpoint.py
 
 format: $(READY) ## rewrite Python and C++ as make check wants them
 	$(BIN)/ruff check --fix .

@@ -27,6 +27,8 @@ class Point(enum.IntEnum):
     CLIP = 4
     STEP = 5
     CONSOLIDATION = 6
+    SAVE = 7
+    LOAD = 8
 
 
 _NAMES = {
@@ -36,6 +38,8 @@ _NAMES = {
     Point.CLIP: "clip_grad_norm_()",
     Point.STEP: "step()",
     Point.CONSOLIDATION: "consolidate_state_dict()",
+    Point.SAVE: "saving a checkpoint",
+    Point.LOAD: "loading a checkpoint",
 }
 
 

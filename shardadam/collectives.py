@@ -18,6 +18,7 @@ a process group that is not the default one and has no backend for CPU tensors).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -39,6 +40,7 @@ class Communicator:
     _host_groups: ClassVar[WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]] = (
         WeakKeyDictionary()
     )
+    _aside: ClassVar[WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]] = WeakKeyDictionary()
 
     def __init__(self, process_group: dist.ProcessGroup | None, device: torch.device) -> None:
         self.process_group = process_group
@@ -122,6 +124,42 @@ class Communicator:
         with self._says("exchanging descriptions"):
             dist.all_gather_object(values, value, group=self._host_group)
         return values
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """Every rank's ``data``, of any lengths, in the order of the ranks."""
+        if self.world_size == 1:
+            return [data]
+        own = torch.tensor([len(data)], device=self._host_device)
+        lengths = [torch.empty_like(own) for _ in range(self.world_size)]
+        with self._says("exchanging bytes"):
+            dist.all_gather(lengths, own, group=self._host_group)
+            longest = max(int(length) for length in lengths)
+            padded = torch.frombuffer(bytearray(data.ljust(longest + 1)), dtype=torch.uint8)
+            padded = padded.to(self._host_device)
+            gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
+            dist.all_gather(gathered, padded, group=self._host_group)
+        hosts = [tensor.cpu() for tensor in gathered]
+        return [
+            ctypes.string_at(host.data_ptr(), int(length))
+            for host, length in zip(hosts, lengths, strict=True)
+        ]
+
+    def aside(self) -> Communicator:
+        """The same ranks on the host, in a gloo group of their own. Collective the first time.
+
+        For another thread: what it exchanges can't pair with what this one does.
+        """
+        if self.world_size == 1:
+            return self
+        group = self.process_group or dist.group.WORLD
+        assert group is not None
+        if group not in Communicator._aside:
+            Communicator._aside[group] = dist.new_group(
+                dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True
+            )
+        aside = Communicator(Communicator._aside[group], torch.device("cpu"))
+        aside.ordinal = self.ordinal
+        return aside
 
     def sum_exactly(self, words: Tensor) -> None:
         """Sum an int64 tensor over the ranks, in place."""

@@ -25,6 +25,14 @@ LEVELS = [
     ["clipping", "consolidation", "runs"],
     ["optimizer"],
     ["adam"],
+    ["checkpoint.errors"],
+    ["checkpoint.manifest", "checkpoint.plain", "checkpoint.progress", "checkpoint.together"],
+    ["checkpoint.folders", "checkpoint.rng", "checkpoint.tensorfile"],
+    ["checkpoint.contents", "checkpoint.verifying"],
+    ["checkpoint.reading", "checkpoint.saving"],
+    ["checkpoint.fitting"],
+    ["checkpoint.loading"],
+    ["checkpoint"],
     [""],
 ]
 LEVEL = {name: index for index, names in enumerate(LEVELS) for name in names}
