@@ -17,11 +17,14 @@ a process group that is not the default one and has no backend for CPU tensors).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import itertools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -37,6 +40,7 @@ class Communicator:
     """
 
     _last_ordinal = 0
+    _alive: ClassVar[WeakSet[Communicator]] = WeakSet()
     _host_groups: ClassVar[WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]] = (
         WeakKeyDictionary()
     )
@@ -49,6 +53,8 @@ class Communicator:
         self.ordinal = 0
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self._divisors: dict[torch.dtype, Tensor] = {}
+        self._held: dict[str, Sequence[Tensor]] = {}
+        Communicator._alive.add(self)
         self._stream: Any = None
         if process_group is None and not (dist.is_available() and dist.is_initialized()):
             return
@@ -102,7 +108,7 @@ class Communicator:
         if self.world_size == 1:
             return list(words), list(words)
         both = torch.tensor([*words, *(-word for word in words)], device=self._host_device)
-        with self._says("agreeing on what comes next"):
+        with self._says("agreeing on what comes next", both):
             dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self._host_group)
         values = both.tolist()
         return [-value for value in values[len(words) :]], values[: len(words)]
@@ -112,7 +118,7 @@ class Communicator:
         if self.world_size == 1:
             return list(flags)
         tensor = torch.tensor(flags, dtype=torch.uint8, device=self._host_device)
-        with self._says("exchanging which params have gradients"):
+        with self._says("exchanging which params have gradients", tensor):
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._host_group)
         return [bool(flag) for flag in tensor.tolist()]
 
@@ -164,17 +170,17 @@ class Communicator:
     def sum_exactly(self, words: Tensor) -> None:
         """Sum an int64 tensor over the ranks, in place."""
         if self.world_size > 1:
-            with self._says("summing the gradient norm"):
+            with self._says("summing the gradient norm", words):
                 dist.all_reduce(words, group=self.process_group)
 
     def minimum(self, tensor: Tensor) -> None:
         """Take the smallest over the ranks, in place."""
-        with self._says("agreeing on the loss scale"):
+        with self._says("agreeing on the loss scale", tensor):
             dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.process_group)
 
     def maximum(self, tensor: Tensor) -> None:
         """Take the largest over the ranks, in place."""
-        with self._says("agreeing on whether to skip"):
+        with self._says("agreeing on whether to skip", tensor):
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.process_group)
 
     def broadcast(self, tensor: Tensor) -> None:
@@ -212,7 +218,7 @@ class Communicator:
         shards = flat
         if world_size > 1 and flat.numel():
             shards = self.buffer("received", flat.numel(), flat.dtype)
-            with self._says("reduce-scattering gradients"):
+            with self._says("reduce-scattering gradients", shards, flat):
                 dist.all_to_all_single(shards, flat, group=self.process_group)
         first, *others = _shards(shards, world_size)
         mean.copy_(first)
@@ -236,14 +242,15 @@ class Communicator:
         if self.world_size == 1:
             return
         flats = [flat for flat in flats if flat.numel()]
-        with self._says("all-gathering params"):
+        shards = [_shards(flat, self.world_size) for flat in flats]
+        with self._says("all-gathering params", *itertools.chain.from_iterable(shards)):
             if self.backend == "nccl":
                 self._all_gather_coalesced(flats)
                 return
             works = [
                 dist.broadcast(shard, group=self.process_group, group_src=owner, async_op=True)
-                for flat in flats
-                for owner, shard in enumerate(_shards(flat, self.world_size))
+                for parts in shards
+                for owner, shard in enumerate(parts)
             ]
             for work in works:
                 work.wait()
@@ -294,8 +301,12 @@ class Communicator:
         return [flat.cpu() for flat in flats]
 
     @contextlib.contextmanager
-    def _says(self, doing: str) -> Iterator[None]:
-        """Adds to torch.distributed's error what this optimizer was doing."""
+    def _says(self, doing: str, *tensors: Tensor) -> Iterator[None]:
+        """Adds to torch.distributed's error what this optimizer was doing with ``tensors``.
+
+        They are kept until it does the same again, see [Note: tensors in flight].
+        """
+        self._held[doing] = tensors
         try:
             yield
         except RuntimeError as error:
@@ -303,6 +314,21 @@ class Communicator:
                 f"rank {self.rank} of {self.world_size} failed while {doing} over {self.backend} "
                 f"(has a peer died?): {error}"
             ) from error
+
+
+# [Note: tensors in flight]
+#
+# gloo's thread lets go of a tensor some time after wait() has returned, for which it takes the GIL.
+# If the interpreter has begun to exit by then, and somebody still holds the process group (torch's
+# compiler does, if it was imported after init_process_group()), the thread is killed in a way that
+# aborts the process: "terminate called without an active exception". So exit waits for it.
+@atexit.register
+def _let_go() -> None:
+    deadline = time.monotonic() + 1.0
+    for communicator in list(Communicator._alive):
+        for tensor in itertools.chain.from_iterable(communicator._held.values()):
+            while tensor._use_count() > 1 and time.monotonic() < deadline:  # type: ignore[attr-defined]
+                time.sleep(0.001)
 
 
 def _all_gather() -> Callable[..., Any]:
