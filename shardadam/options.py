@@ -52,9 +52,9 @@ class Options:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled without a process group: the default one is found again where it is unpickled."""
+        """Without a process group: the default one is found again where it is read back."""
         if self.process_group not in (None, dist.group.WORLD if dist.is_available() else None):
-            raise TypeError("an optimizer with a process_group of its own can't be pickled")
+            raise TypeError("an optimizer with a process_group of its own can't be serialized")
         return Options, (
             None,
             self.grad_sync,

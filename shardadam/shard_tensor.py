@@ -231,7 +231,7 @@ def restored(
     rank: int,
     world_size: int,
 ) -> ShardTensor:
-    """A `ShardTensor` that was pickled."""
+    """A `ShardTensor` as it was before it was written to a file."""
     extent = Extent(tuple(shape), tuple(order), first, local.numel(), rank, world_size)
     return ShardTensor(local, extent)
 
