@@ -30,12 +30,17 @@ class Corpus:
         return hashlib.sha256(self.train.numpy()).hexdigest()[:16]
 
     def batch(
-        self, seed: int, step: int, rank: int, size: int, context: int
+        self, seed: int, step: int, size: int, context: int, rank: int = 0, world_size: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """Inputs and targets [size, context]; a pure function, so that resuming is exact."""
-        draw = random.Random(f"{seed}/{step}/{rank}")
+        """This rank's inputs and targets [size / world_size, context] of the batch of ``step``.
+
+        The batch is a pure function of ``seed`` and ``step``, so a resumed run sees the same ones;
+        the ranks only share it out, so there may be more or fewer of them.
+        """
+        draw = random.Random(f"{seed}/{step}")
         starts = [draw.randrange(len(self.train) - context) for _ in range(size)]
-        rows = torch.stack([self.train[start : start + context + 1] for start in starts]).long()
+        mine = starts[rank::world_size]
+        rows = torch.stack([self.train[start : start + context + 1] for start in mine]).long()
         return rows[:, :-1], rows[:, 1:]
 
     def windows(self, context: int, rank: int, world_size: int) -> Iterator[tuple[Tensor, Tensor]]:

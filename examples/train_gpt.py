@@ -5,7 +5,8 @@
     python examples/launch.py --standalone --nproc-per-node 2 examples/train_gpt.py    … and Ctrl-C
 
 The text is Python's own standard library, or your files with --data. Ctrl-C saves a checkpoint, and
---resume goes on from it as if nothing had happened, to the last bit.
+--resume goes on from it as if nothing had happened: on as many ranks to the last bit, on more or
+fewer with the same batches, whose gradients are then summed in another order.
 """
 # ruff: noqa: E402
 
@@ -18,13 +19,13 @@ import argparse
 import math
 import os
 import shlex
+import shutil
 import sys
 import time
 import zlib
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -35,15 +36,22 @@ from progress import StepProgress
 from report import BLUE, ORANGE, Run, Zlib, draw, print_sample, print_table, state_bytes
 from rich.console import Console
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from shardadam import AdamW
+from shardadam import AdamW, checkpoint
 
 OURS, THEIRS = "shardadam.AdamW", "torch.optim.AdamW"
 MAX_GRAD_NORM = 1.0
 WARM_UP = 0.05
 """Part of the steps."""
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+"""Of torch's optimizer, whose state is the same on every rank: one dict of tensors and numbers."""
 # bfloat16 is five times as fast where the CPU has instructions for it, and slow where it has none.
 BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
@@ -56,7 +64,7 @@ def parse_args() -> argparse.Namespace:
     )
     model = parser.add_argument_group("model and training")
     model.add_argument("--steps", type=int, default=1000, help="optimizer steps")
-    model.add_argument("--batch-size", type=int, default=8, help="sequences per rank and step")
+    model.add_argument("--batch-size", type=int, default=16, help="sequences per step, over all ranks")
     model.add_argument("--context", type=int, default=128, help="bytes per sequence")
     model.add_argument("--layers", type=int, default=2, help="transformer blocks")
     model.add_argument("--width", type=int, default=128, help="of the stream; a multiple of 64")
@@ -89,10 +97,13 @@ def main() -> None:
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
     console = Console(quiet=rank() != 0, highlight=False)
+    if args.batch_size % world_size():
+        console.print(f"--batch-size {args.batch_size} can't be shared out by {world_size()} ranks.")
+        sys.exit(2)
     corpus = from_files(args.data) if args.data else standard_library()
-    if not args.resume:
+    if rank() == 0 and not args.resume:
         for name in (OURS, THEIRS):
-            checkpoints.clear(args.out / "checkpoints" / name)
+            shutil.rmtree(args.out / "checkpoints" / name, ignore_errors=True)
     runs = []
     for name in (OURS,) if args.skip_baseline else (OURS, THEIRS):
         torch.manual_seed(args.seed)
@@ -123,23 +134,22 @@ def train(
     wrapped, optimizer = (with_shardadam if name == OURS else with_torch)(model, args)
     scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, args.steps))
     directory = args.out / "checkpoints" / name
-    settings = {
-        **{
-            key: getattr(args, key) for key in ("steps", "batch_size", "context", "layers", "width")
-        },
-        **{"lr": args.lr, "seed": args.seed, "text": corpus.digest, "ranks": world_size()},
-    }
+    keys = ("steps", "batch_size", "context", "layers", "width", "lr", "seed")
+    settings = {**{key: getattr(args, key) for key in keys}, "text": corpus.digest}
+    # Batches are drawn anew for each step, so there are no random generators to save.
+    saved = {"model": model, "lr_scheduler": scheduler, "rng": False}
+    if name == OURS:
+        saved["optimizer"] = optimizer
     losses: list[float] = []
     seconds_before = 0.0
-    if args.resume and (loaded := checkpoints.load_latest(directory)):
-        shared, optimizer_state = loaded
-        check_settings(shared["settings"], settings)
-        model.load_state_dict(shared["model"])
-        optimizer.load_state_dict(optimizer_state)
-        scheduler.load_state_dict(shared["scheduler"])
-        losses, seconds_before = shared["losses"], shared["seconds"]
+    if args.resume and any(directory.glob("step-*")):
+        extras = checkpoint.load(directory, **saved).extras
+        check_settings(extras["settings"], settings)
+        losses, seconds_before = extras["losses"], extras["seconds"]
+        if name == THEIRS:
+            set_optimizer_state_dict(model, optimizer, extras, options=FLAT)
 
-    tokens_per_step = world_size() * args.batch_size * args.context
+    tokens_per_step = args.batch_size * args.context
     started, started_at = time.perf_counter(), len(losses)
     stopped = False
     color = BLUE if name == OURS else ORANGE
@@ -147,7 +157,7 @@ def train(
     with progress:
         while len(losses) < args.steps and not stopped:
             inputs, targets = corpus.batch(
-                args.seed, len(losses), rank(), args.batch_size, args.context
+                args.seed, len(losses), args.batch_size, args.context, rank(), world_size()
             )
             loss = cross_entropy(wrapped, inputs, targets)
             loss.backward()
@@ -164,18 +174,18 @@ def train(
             speed = tokens_per_step * (len(losses) - started_at) / seconds
             progress.update(len(losses), mean_loss / math.log(2), speed, state_bytes(optimizer))
             if stopped or len(losses) % args.checkpoint_every == 0 or len(losses) == args.steps:
-                shared = {
-                    "model": model.state_dict(),
-                    "scheduler": scheduler.state_dict(),
+                extras = {
                     "losses": losses,
                     "seconds": seconds_before + seconds,
                     "settings": settings,
                 }
-                checkpoints.save(directory, len(losses), shared, optimizer.state_dict())
+                if name == THEIRS:
+                    extras |= get_optimizer_state_dict(model, optimizer, options=FLAT)
+                checkpoint.save(directory, step=len(losses), **saved, extras=extras, keep=1)
     if stopped:
         console.print(
-            f"Saved {name} after step {len(losses)} of {args.steps}. Go on with:\n"
-            f"  {resume_command()}",
+            f"Saved {name} after step {len(losses)} of {args.steps}. Go on, on any number of ranks "
+            f"that divides {args.batch_size}, with:\n  {resume_command()}",
             soft_wrap=True,
         )
         return None
@@ -252,7 +262,7 @@ def report(
     baseline = Zlib(8 * compressed / len(corpus.held_out), time.perf_counter() - started)
     params = sum(param.numel() for param in model.parameters())
     ranks = "1 rank" if world_size() == 1 else f"{world_size()} ranks"
-    batch = f"{args.batch_size} × {args.context} bytes per rank"
+    batch = f"{args.batch_size} × {args.context} bytes"
     title = f"{params / 1e6:.1f} M params on {ranks}, {args.steps} steps of {batch}"
     print_table(console, title, runs, baseline)
     figure = args.out / "loss.png"

@@ -51,7 +51,7 @@ def train(
     for step in range(steps):
         if clock.left < reserve:
             break
-        inputs, targets = (part.to(device) for part in text.batch(0, step, 0, BATCH, CONTEXT))
+        inputs, targets = (part.to(device) for part in text.batch(0, step, BATCH, CONTEXT))
         loss = F.cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten())
         loss.backward()
         losses.append(loss.item())
