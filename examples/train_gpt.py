@@ -64,7 +64,7 @@ def parse_args() -> argparse.Namespace:
     )
     model = parser.add_argument_group("model and training")
     model.add_argument("--steps", type=int, default=1000, help="optimizer steps")
-    model.add_argument("--batch-size", type=int, default=16, help="sequences per step, over all ranks")
+    model.add_argument("--batch-size", type=int, default=16, help="sequences per step, in all")
     model.add_argument("--context", type=int, default=128, help="bytes per sequence")
     model.add_argument("--layers", type=int, default=2, help="transformer blocks")
     model.add_argument("--width", type=int, default=128, help="of the stream; a multiple of 64")
@@ -98,7 +98,7 @@ def main() -> None:
         dist.init_process_group("gloo")
     console = Console(quiet=rank() != 0, highlight=False)
     if args.batch_size % world_size():
-        console.print(f"--batch-size {args.batch_size} can't be shared out by {world_size()} ranks.")
+        console.print(f"--batch-size {args.batch_size} can't be split over {world_size()} ranks.")
         sys.exit(2)
     corpus = from_files(args.data) if args.data else standard_library()
     if rank() == 0 and not args.resume:
@@ -137,17 +137,17 @@ def train(
     keys = ("steps", "batch_size", "context", "layers", "width", "lr", "seed")
     settings = {**{key: getattr(args, key) for key in keys}, "text": corpus.digest}
     # Batches are drawn anew for each step, so there are no random generators to save.
-    saved = {"model": model, "lr_scheduler": scheduler, "rng": False}
+    saved: dict[str, Any] = {"model": model, "lr_scheduler": scheduler, "rng": False}
     if name == OURS:
         saved["optimizer"] = optimizer
     losses: list[float] = []
     seconds_before = 0.0
     if args.resume and any(directory.glob("step-*")):
-        extras = checkpoint.load(directory, **saved).extras
-        check_settings(extras["settings"], settings)
-        losses, seconds_before = extras["losses"], extras["seconds"]
+        found = checkpoint.load(directory, **saved).extras
+        check_settings(found["settings"], settings)
+        losses, seconds_before = found["losses"], found["seconds"]
         if name == THEIRS:
-            set_optimizer_state_dict(model, optimizer, extras, options=FLAT)
+            set_optimizer_state_dict(model, optimizer, found, options=FLAT)
 
     tokens_per_step = args.batch_size * args.context
     started, started_at = time.perf_counter(), len(losses)
@@ -174,11 +174,8 @@ def train(
             speed = tokens_per_step * (len(losses) - started_at) / seconds
             progress.update(len(losses), mean_loss / math.log(2), speed, state_bytes(optimizer))
             if stopped or len(losses) % args.checkpoint_every == 0 or len(losses) == args.steps:
-                extras = {
-                    "losses": losses,
-                    "seconds": seconds_before + seconds,
-                    "settings": settings,
-                }
+                extras: dict[str, Any] = {"losses": losses, "settings": settings}
+                extras["seconds"] = seconds_before + seconds
                 if name == THEIRS:
                     extras |= get_optimizer_state_dict(model, optimizer, options=FLAT)
                 checkpoint.save(directory, step=len(losses), **saved, extras=extras, keep=1)
