@@ -56,6 +56,7 @@ class FlatBucket:
         for param, view in zip(params, self.views, strict=True):
             view.copy_(param)
             param.data = view
+        self.kinds = [(view.dtype, view.shape, view.device) for view in self.views]
         self._addresses = [view.data_ptr() for view in self.views]
         # Owned whole, real and contiguous.
         self._plain = [

@@ -119,9 +119,9 @@ class GradReducer:
             )
         for grads in self.grads:
             bucket = grads.bucket
-            for name, param, grad in zip(bucket.names, bucket.params, grads.local(), strict=True):
-                if grad is not None and not _fits(param, grad):
-                    raise _misfit(name, param, grad)
+            for index, (kind, grad) in enumerate(zip(bucket.kinds, grads.local(), strict=True)):
+                if grad is not None and not _fits(kind, grad):
+                    raise _misfit(bucket.names[index], bucket.params[index], grad)
         if self.eager and not self._held:
             for grads in self.grads:
                 for name, done, grad in zip(
@@ -280,7 +280,7 @@ class GradReducer:
         if self.eager:
             for index, (name, param) in enumerate(zip(bucket.names, bucket.params, strict=True)):
                 grad = local[index]
-                if grad is not None and not _fits(param, grad):
+                if grad is not None and not _fits(bucket.kinds[index], grad):
                     # The others wait in the exchange: join them, and raise when all meet.
                     self._error = self._error or _misfit(name, param, grad)
                     local[index] = None
@@ -315,16 +315,17 @@ def _arrived(reducer: "weakref.ref[GradReducer]", index: int, param: Tensor) -> 
         alive.on_grad(index)
 
 
-def _fits(param: Tensor, grad: Tensor) -> bool:
-    """Whether a gradient is dense and like its param.
+def _fits(kind: tuple[torch.dtype, torch.Size, torch.device], grad: Tensor) -> bool:
+    """Whether a gradient is dense and of its param's dtype, shape and device.
 
     autograd and the setter of .grad see to most of it; a param changed by .data slips through.
     """
+    dtype, shape, device = kind
     return (
-        grad.layout is torch.strided
-        and grad.dtype == param.dtype
-        and grad.shape == param.shape
-        and grad.device == param.device
+        grad.dtype is dtype
+        and grad.shape == shape
+        and grad.device == device
+        and grad.layout is torch.strided
     )
 
 

@@ -1,7 +1,7 @@
 """From param groups to buckets: which params, checked alone and against the other ranks."""
 
 import warnings
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ def named(index: int, group: dict[str, Any]) -> list[tuple[str, Tensor]]:
     return list(zip(names, group["params"], strict=True))
 
 
-def unplaced(param_groups: Sequence[dict[str, Any]], placed: Container[Tensor]) -> list[Candidate]:
+def unplaced(param_groups: Sequence[dict[str, Any]], placed: Iterable[Tensor]) -> list[Candidate]:
     """The params that are to be optimized and have no place yet.
 
     Frozen ones are left out, and those on the meta device, as long as they have no gradient.
@@ -78,9 +78,10 @@ def unplaced(param_groups: Sequence[dict[str, Any]], placed: Container[Tensor]) 
     Raises:
         RuntimeError: one on the meta device has a gradient.
     """
+    known = set(map(id, placed))  # a tensor's own hash is slow, and this runs at every step
 
     def wanted(param: Tensor) -> bool:
-        if param in placed or not (param.requires_grad or param.grad is not None):
+        if id(param) in known or not (param.requires_grad or param.grad is not None):
             return False
         if param.is_meta and param.grad is not None:
             # The words of torch's fused kernels; its other ones do nothing and say nothing.
@@ -93,7 +94,7 @@ def unplaced(param_groups: Sequence[dict[str, Any]], placed: Container[Tensor]) 
 
     found: dict[Tensor, Candidate] = {}  # a param that is listed twice counts once
     for index, group in enumerate(param_groups):
-        if any(map(wanted, group["params"])):
+        if not known.issuperset(map(id, group["params"])) and any(map(wanted, group["params"])):
             amsgrad = bool(group.get("amsgrad", False))
             for name, param in named(index, group):
                 if wanted(param):
