@@ -164,6 +164,17 @@ save.__doc__ = f"{save.__doc__}{_ARGUMENTS}{_RAISES}"
 async_save.__doc__ = f"{async_save.__doc__}{_ARGUMENTS}{_RAISES}"
 
 
+def write_contents(root: Path, step: int, contents: Contents) -> Path:
+    """Write what did not come from an optimizer, on this process alone, and return its folder.
+
+    Raises:
+        CheckpointError: two tensors have one name, or it is too much for a manifest.
+        OSError: it could not be written.
+    """
+    alone = Communicator(None, torch.device("cpu"))
+    return _write(_Job(alone, root, step, None, secrets.token_hex(8), contents))
+
+
 def communicator_of(
     optimizer: ShardedOptimizer | None, process_group: torch.distributed.ProcessGroup | None
 ) -> Communicator:

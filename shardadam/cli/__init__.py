@@ -1,0 +1,1 @@
+"""`python -m shardadam ckpt …`: looks at checkpoints, verifies them, converts them."""

@@ -1,0 +1,117 @@
+"""The commands, their arguments and exit codes."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from shardadam.checkpoint.errors import CheckpointError
+from shardadam.cli.telling import ERROR, one_line
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for an error, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(ERROR, f"{self.prog}: {message} (--help says more)\n")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command and return its exit code; what goes wrong is one line on stderr."""
+    given = _parser().parse_args(arguments)
+    try:
+        code = _run(given)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; Python would flush again as it ends.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ERROR
+    except (CheckpointError, OSError) as error:
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        print(f"shardadam ckpt {given.command}: {one_line(text)}", file=sys.stderr)
+        return ERROR
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(given: argparse.Namespace) -> int:
+    # Each command imports what only it needs.
+    if given.command == "inspect":
+        from shardadam.cli.inspecting import inspect
+
+        return inspect(given.path)
+    if given.command == "convert":
+        from shardadam.cli.converting import convert
+        from shardadam.cli.recognising import Format
+
+        return convert(given.source, given.target, Format(given.to), given.step, given.optimizer)
+    from shardadam.cli.checking import check
+
+    return check(given.path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m shardadam", description="Tools for shardadam.")
+    areas = parser.add_subparsers(required=True, metavar="ckpt")
+    ckpt = areas.add_parser("ckpt", help="look at checkpoints, verify and convert them")
+    commands = ckpt.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, does: str, more: str, example: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=does,
+            description=f"{does[0].upper()}{does[1:]}. {more}",
+            epilog=f"example: python -m shardadam ckpt {name} {example}",
+        )
+        return made
+
+    inspect = command(
+        "inspect",
+        "show what a checkpoint holds",
+        "Exit code 1: a file is missing or has another size.",
+        "run/step-00001000",
+    )
+    inspect.add_argument(
+        "path",
+        type=Path,
+        help="a checkpoint's folder, the directory of several (the newest is shown), a folder of "
+        "torch.distributed.checkpoint, or a torch file",
+    )
+    verify = command(
+        "verify",
+        "check every byte of a checkpoint, or of all in a directory",
+        "Exit codes: 0 whole, 1 damaged, 2 no checkpoint of shardadam.checkpoint.",
+        "run",
+    )
+    verify.add_argument("path", type=Path, help="a folder step-…, or the directory of several")
+    convert = command(
+        "convert",
+        "write a checkpoint in another format, bit for bit",
+        "Model and optimizer are converted; what else there is, is named on stderr and left out. "
+        "All of it is in memory at once.",
+        "run model.pt --to torch",
+    )
+    convert.add_argument("source", type=Path, help="what inspect takes")
+    convert.add_argument("target", type=Path, help="a new name; ours: for checkpoint.load()")
+    convert.add_argument(
+        "--to",
+        required=True,
+        choices=["ours", "dcp", "torch"],
+        help="shardadam.checkpoint, torch.distributed.checkpoint, or one torch file",
+    )
+    convert.add_argument(
+        "--step", type=int, metavar="N", help="to ours: its step, else the optimizer's"
+    )
+    convert.add_argument(
+        "--optimizer",
+        choices=["Adam", "AdamW", "NAdam"],
+        help="to ours: the class whose state it is, where it can't be told",
+    )
+    return parser

@@ -1,0 +1,34 @@
+"""`torch.load` of tensors and plain values, and nothing that would be executed."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from shardadam.checkpoint.errors import CheckpointError
+
+_NAMED = re.compile(r"GLOBAL (\S+)")
+
+
+def load_plain(file: Path | IO[bytes], where: str, *, mapped: bool = False) -> Any:
+    """Read ``file``, on the host; ``where`` is what errors call it.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # which come of odd bytes, and are not the user's
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except OSError:
+        raise
+    except Exception as error:  # whatever the bytes provoke
+        # torch's own text recommends weights_only=False.
+        named = _NAMED.search(str(error))
+        reason = f"it names {named[1]}" if named else f"{type(error).__name__}"
+        raise CheckpointError(
+            f"{where}: expected tensors and plain values, as torch.load(weights_only=True) takes "
+            f"them: {reason[:200]}"
+        ) from error

@@ -1,0 +1,59 @@
+"""Which kind of checkpoint a path is, by its files' names."""
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from shardadam.checkpoint import folders, manifest
+from shardadam.checkpoint.errors import CheckpointError
+
+
+class Format(Enum):
+    """Of a checkpoint: the values are what users call them."""
+
+    OURS = "ours"
+    DCP = "dcp"
+    TORCH = "torch"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A checkpoint: its format, and where it is."""
+
+    format: Format
+    path: Path
+
+
+def recognise(path: Path) -> Found:
+    """What is at ``path``; of a directory of several checkpoints, the newest.
+
+    Raises:
+        CheckpointError: nothing that is known here.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: expected a checkpoint, found nothing")
+    if not path.is_dir():
+        return Found(Format.TORCH, path)
+    found = all_of_ours(path)
+    if found:
+        return Found(Format.OURS, found[0])
+    if (path / ".metadata").exists():
+        return Found(Format.DCP, path)
+    raise CheckpointError(
+        f"{path}: expected a checkpoint, found a folder without {manifest.FILE}, .metadata or "
+        "folders step-…"
+    )
+
+
+def all_of_ours(path: Path) -> list[Path]:
+    """The folder itself, if it is one of ours, whole or not; else those in it, the newest first."""
+    # A link to a checkpoint is as good as its name; links inside of one are refused.
+    folder = path.resolve() if path.is_symlink() else path
+    is_one = (
+        (folder / manifest.FILE).exists()
+        or any(folder.glob("rank-*-of-*.safetensors"))
+        or (folder.is_dir() and folders.step_of(folder.name) is not None)
+    )
+    if is_one:
+        return [folder]
+    return [found.path for found in folders.candidates(folder)] if folder.is_dir() else []
