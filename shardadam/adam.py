@@ -195,7 +195,8 @@ def _shared(
     beta1, beta2 = group["betas"]
     on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
     return Hyperparameters(
-        lr=lr if on_device else float(lr),
+        # Here and not where it is read, per bucket: it may take a kernel.
+        lr=lr.detach().to(torch.float64).reshape(()) if on_device else float(lr),
         beta1=float(beta1),
         beta2=float(beta2),
         eps=float(group["eps"]),

@@ -22,7 +22,7 @@ import contextlib
 import ctypes
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -83,9 +83,7 @@ class Communicator:
         world = dist.group.WORLD
         assert world is not None
         if group not in (None, world):
-            # Not another group of these: new_group(use_local_synchronization=True) hangs where
-            # ranks belong to different numbers of groups (torch 2.13).
-            return group, self.device
+            return group, self.device  # another one can't always be made: see `aside`
         if world not in Communicator._host_groups:
             Communicator._host_groups[world] = dist.new_group(backend="gloo")
         return Communicator._host_groups[world], cpu
@@ -144,6 +142,7 @@ class Communicator:
             padded = padded.to(self._host_device)
             gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
             dist.all_gather(gathered, padded, group=self._host_group)
+        _wait_until_released([own, padded, *lengths, *gathered])
         hosts = [tensor.cpu() for tensor in gathered]
         return [
             ctypes.string_at(host.data_ptr(), int(length))
@@ -154,15 +153,30 @@ class Communicator:
         """The same ranks on the host, in a gloo group of their own. Collective the first time.
 
         For another thread: what it exchanges can't pair with what this one does.
+
+        Raises:
+            RuntimeError: torch can't make that group; on every rank.
         """
         if self.world_size == 1:
             return self
-        group = self.process_group or dist.group.WORLD
+        world = dist.group.WORLD
+        group = self.process_group or world
         assert group is not None
         if group not in Communicator._aside:
-            Communicator._aside[group] = dist.new_group(
-                dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True
-            )
+            ranks: dict[str, Any] = {}
+            if group is not world:
+                # Without the other ranks, torch names a group after how many its maker is in:
+                # where that differs, each would wait for a group of another name.
+                low, high = self.agree([len(dist.distributed_c10d._world.pg_names)])
+                if low != high:
+                    raise RuntimeError(
+                        "another process group of these ranks can't be made, because they belong "
+                        f"to different numbers of groups ({low[0]} to {high[0]}): expected as many "
+                        "on each, or an optimizer on the default group, or save() for async_save()"
+                    )
+                ranks = {"ranks": dist.get_process_group_ranks(group)}
+                ranks["use_local_synchronization"] = True
+            Communicator._aside[group] = dist.new_group(backend="gloo", **ranks)
         aside = Communicator(Communicator._aside[group], torch.device("cpu"))
         aside.ordinal = self.ordinal
         return aside
@@ -321,14 +335,20 @@ class Communicator:
 # gloo's thread lets go of a tensor some time after wait() has returned, for which it takes the GIL.
 # If the interpreter has begun to exit by then, and somebody still holds the process group (torch's
 # compiler does, if it was imported after init_process_group()), the thread is killed in a way that
-# aborts the process: "terminate called without an active exception". So exit waits for it.
+# aborts the process: "terminate called without an active exception". So exit waits for it; what is
+# too large to be kept until then is waited for at once.
 @atexit.register
 def _let_go() -> None:
+    held = [communicator._held.values() for communicator in list(Communicator._alive)]
+    _wait_until_released(itertools.chain.from_iterable(itertools.chain.from_iterable(held)))
+
+
+def _wait_until_released(tensors: Iterable[Tensor]) -> None:
+    """Until nobody but the caller holds ``tensors``, a second at most."""
     deadline = time.monotonic() + 1.0
-    for communicator in list(Communicator._alive):
-        for tensor in itertools.chain.from_iterable(communicator._held.values()):
-            while tensor._use_count() > 1 and time.monotonic() < deadline:  # type: ignore[attr-defined]
-                time.sleep(0.001)
+    for tensor in tensors:
+        while tensor._use_count() > 1 and time.monotonic() < deadline:  # type: ignore[attr-defined]
+            time.sleep(0.0001)
 
 
 def _all_gather() -> Callable[..., Any]:

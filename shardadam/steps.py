@@ -123,21 +123,19 @@ class DeviceSteps:
     ) -> Planned:
         """As in `Steps`."""
         known = self._known[bucket]
-        rows = []
-        for first, count, group in _segments(present, known.groups):
-            lr = hypers[group].lr
-            rows.append(
-                Row(
-                    hyper=hypers[group],
-                    lr=_on(bucket.device, lr) if isinstance(lr, Tensor) else None,
-                    step=bucket.scalars["step"],
-                    mu_product=bucket.scalars.get("mu_product"),
-                    coefficients=known.table,
-                    first=first,
-                    count=count,
-                )
+        segments, slots = known.look_up(present, hypers)
+        rows = [
+            Row(
+                hyper=hypers[group],
+                lr=_on(bucket.device, hypers[group].lr),
+                step=bucket.scalars["step"],
+                mu_product=bucket.scalars.get("mu_product"),
+                coefficients=known.table,
+                first=first,
+                count=count,
             )
-        slots = known.slots_for(present, hypers)
+            for first, count, group in segments
+        ]
         return Planned(bucket, slots, rows=rows)
 
     def commit(
@@ -147,11 +145,14 @@ class DeviceSteps:
         self._backend.advance([row for plan in planned for row in plan.rows], factor, skip)
 
 
-def _on(device: torch.device, lr: Tensor) -> Tensor:
-    return lr.detach().to(device, torch.float64, non_blocking=True).reshape(())
+def _on(device: torch.device, lr: float | Tensor) -> Tensor | None:
+    return lr.to(device, torch.float64, non_blocking=True) if isinstance(lr, Tensor) else None
 
 
-def _segments(present: Sequence[bool], groups: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+_Segment = tuple[int, int, int]
+
+
+def _segments(present: Sequence[bool], groups: Sequence[int]) -> Iterator[_Segment]:
     """First span, number and group of neighbours of one group that all have a gradient."""
     spans = zip(present, groups, strict=True)
     first = 0
@@ -177,41 +178,41 @@ class _Known:
         )
         self._classes: list[int] = []
         self._terms: list[tuple[bool, bool]] = []
-        self._slots: dict[tuple[bool, ...], list[Coefficients | Slot | None]] = {}
+        self._found: dict[tuple[bool, ...], tuple[list[_Segment], list[Any]]] = {}
 
     def look(self, bucket: FlatBucket) -> None:
         """Read the steps: spans of one group and class are at the same."""
         scalars = zip(*(values.tolist() for values in bucket.scalars.values()), strict=True)
         numbers: dict[Any, int] = {}
         self._classes = [numbers.setdefault(key, len(numbers)) for key in scalars]
-        self._slots.clear()
+        self._found.clear()
 
-    def slots_for(
+    def look_up(
         self, present: Sequence[bool], hypers: Sequence[Hyperparameters]
-    ) -> list[Coefficients | Slot | None]:
-        """Where the coefficients of every span with a gradient will be."""
+    ) -> tuple[list[_Segment], list[Coefficients | Slot | None]]:
+        """The segments of spans with a gradient, and where every such span's coefficients are."""
         terms = [
             (hyper.momentum_decay is not None, not hyper.decoupled and hyper.weight_decay != 0)
             for hyper in hypers
         ]
         if terms != self._terms:
             self._terms = terms
-            self._slots.clear()
+            self._found.clear()
         pattern = tuple(present)
-        if pattern not in self._slots:
-            if len(self._slots) > _KEPT:
-                self._slots.clear()
+        if pattern not in self._found:
+            if len(self._found) > _KEPT:
+                self._found.clear()
             self._part(present)
             shared: dict[tuple[int, int], Slot] = {}
-            self._slots[pattern] = [
+            spans = enumerate(zip(self.groups, self._classes, present, strict=True))
+            slots = [
                 shared.setdefault((group, number), Slot(self.table, index, *terms[group]))
                 if there
                 else None
-                for index, (group, number, there) in enumerate(
-                    zip(self.groups, self._classes, present, strict=True)
-                )
+                for index, (group, number, there) in spans
             ]
-        return self._slots[pattern]
+            self._found[pattern] = list(_segments(present, self.groups)), slots
+        return self._found[pattern]
 
     def _part(self, present: Sequence[bool]) -> None:
         """From now on, spans with and without a gradient are of different classes."""
@@ -220,4 +221,4 @@ class _Known:
         classes = [numbers.setdefault(pair, len(numbers)) for pair in pairs]
         if len(numbers) != len(set(self._classes)):
             self._classes = classes
-            self._slots.clear()
+            self._found.clear()

@@ -54,3 +54,21 @@ def agree_without_a_cpu_backend(rank: int) -> bool:
 
 def test_what_the_host_must_know_does_not_wait_for_a_gpu():
     assert all(run_ranks(3, agree_without_a_cpu_backend))
+
+
+def groups_of_their_own(rank: int) -> str:
+    """Ranks of different numbers of groups: where torch's new_group() waits for ever."""
+    pairs = dist.new_group([0, 1]), dist.new_group([1, 2])
+    everybody = Communicator(None, torch.device("cpu")).aside()
+    assert everybody.gather_bytes(bytes([rank])) == [b"\0", b"\1", b"\2"]
+    if rank == 2:
+        return ""
+    with pytest.raises(RuntimeError) as caught:
+        Communicator(pairs[0], torch.device("cpu")).aside()
+    return str(caught.value)
+
+
+def test_a_group_aside_is_made_or_refused_by_all():
+    first, second, _ = run_ranks(3, groups_of_their_own)
+    assert first == second
+    assert "they belong to different numbers of groups (3 to 4)" in first

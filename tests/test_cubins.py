@@ -5,6 +5,7 @@ spilled, nothing fused, registers few enough.
 """
 
 import concurrent.futures
+import contextlib
 import errno
 import functools
 import itertools
@@ -199,6 +200,15 @@ def test_what_happens_without_a_kernel(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     with pytest.raises(ValueError, match=r"A GPU has compute capability 6\.1: expected 7\.0"):
         load()
+
+
+def test_nothing_is_compiled_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(cubins, "compiled", lambda *job: pytest.fail("compiled"))
+    kernels = cuda_driver.Kernels(torch.device("cuda", 0), "sm_90", "13.5")
+    with pytest.raises(RuntimeError, match=r"while a CUDA graph is captured: expected a step\(\)"):
+        kernels.get("coefficients_cuda.cu", "shardadam_advance", {})
 
 
 def test_sources_are_ascii():

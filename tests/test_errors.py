@@ -4,6 +4,7 @@ import copy
 import os
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 import shardadam
 from models import loss_of, mlp, same, train, values
 from ranks import run_ranks
+from shardadam.placement import single_device
 
 
 @pytest.mark.parametrize(
@@ -299,3 +301,12 @@ def test_a_hyperparameter_that_is_no_number_changes_nothing():
     assert same(before, values(model))
     optimizer.step()
     assert optimizer.state[model[0].weight]["step"] == 1
+
+
+@pytest.mark.parametrize(("first", "other"), [("cpu", "cuda:0"), ("cuda:0", "cuda:1")])
+def test_params_on_several_devices(first, other):
+    # No device is needed to refuse them: only where they are is looked at.
+    a, b = (SimpleNamespace(is_meta=False, device=torch.device(name)) for name in (first, other))
+    groups = [{"params": [a], "param_names": ["a"]}, {"params": [b], "param_names": ["b"]}]
+    with pytest.raises(ValueError, match=f"on one device: a is on {first}, b on {other}"):
+        single_device(groups)
