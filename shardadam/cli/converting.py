@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shardadam.checkpoint import folders
 from shardadam.checkpoint.errors import CheckpointError
-from shardadam.cli import dcp, ours, torchfile
+from shardadam.cli import dcp, deepspeed, ours, torchfile
 from shardadam.cli.recognising import Format, recognise
 from shardadam.cli.run_state import RunState
 from shardadam.cli.telling import WHOLE, one_line
@@ -64,7 +64,12 @@ def convert(source: Path, target: Path, to: Format, step: int | None, optimizer:
     return WHOLE
 
 
-_READ = {Format.OURS: ours.read, Format.DCP: dcp.read, Format.TORCH: torchfile.read}
+_READ = {
+    Format.OURS: ours.read,
+    Format.DCP: dcp.read,
+    Format.TORCH: torchfile.read,
+    Format.DEEPSPEED: deepspeed.read,
+}
 
 
 def _write(temporary: Path, to: Format, state: RunState, step: int) -> Path:

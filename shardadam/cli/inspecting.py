@@ -12,7 +12,9 @@ from shardadam.checkpoint.contents import dtype_name
 from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.manifest import Manifest, file_name
 from shardadam.checkpoint.verifying import Opened
+from shardadam.cli import deepspeed_files
 from shardadam.cli.dcp import Folder
+from shardadam.cli.deepspeed import groups_of
 from shardadam.cli.recognising import Format, recognise
 from shardadam.cli.run_state import SCALARS
 from shardadam.cli.summary import File, Row, Summary, show
@@ -122,7 +124,32 @@ def _of_torch(path: Path) -> Summary:
     return Summary(f"torch file {path}", facts, rows, [File(path.name, path.stat().st_size)])
 
 
-_SUMMARIES = {Format.OURS: _of_ours, Format.DCP: _of_dcp, Format.TORCH: _of_torch}
+def _of_deepspeed(path: Path) -> Summary:
+    files = deepspeed_files.load(path)
+    facts = {"world size": str(len(files.ranks)), "DeepSpeed": str(files.model.get("ds_version"))}
+    module, holds = files.model["module"], {}
+    for number, group in enumerate(groups_of(files)):
+        shown = {k: v for k, v in group.options.items() if k != "params"}
+        facts[f"group {number}"] = f"{len(group.places)} params, {_options(shown)}"
+        scalars = [f"{key}={value:g}" for key, value in group.scalars().items()]
+        for place in group.places:
+            holds[place.name] = [*scalars, *group.moments, "master"]
+    rows = []
+    for name, tensor in module.items():
+        own = holds.get(name, [])
+        parts = sum(part not in SCALARS and "=" not in part for part in own)
+        nbytes = tensor.nbytes + parts * 4 * tensor.numel()
+        rows.append(Row(name, tuple(tensor.shape), dtype_name(tensor), " ".join(own), nbytes))
+    stored = [File(name, (path / name).stat().st_size) for name in files.names]
+    return Summary(f"DeepSpeed ZeRO-{files.stage} checkpoint {path}", facts, rows, stored)
+
+
+_SUMMARIES = {
+    Format.OURS: _of_ours,
+    Format.DCP: _of_dcp,
+    Format.TORCH: _of_torch,
+    Format.DEEPSPEED: _of_deepspeed,
+}
 
 
 def _rows(manifest: Manifest) -> list[Row]:

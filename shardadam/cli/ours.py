@@ -60,7 +60,9 @@ def write(root: Path, step: int, found: RunState) -> Path:
     missing = [name for name in in_groups if name not in found.model]
     if missing:
         raise CheckpointError(f"{missing[0]!r} is in a param group, and not in the model")
-    for name in [*in_groups, *(name for name in found.model if name not in in_groups)]:
+    # Of a tied param there is one tensor here, under its first name.
+    others = [name for name in found.model if name not in in_groups and name not in found.tied]
+    for name in [*in_groups, *others]:
         _add(contents, found, name, found.model[name], found.state.get(name))
     contents.pieces.sort(key=lambda piece: -piece.tensor.itemsize)
     contents.documents["extras"] = {}

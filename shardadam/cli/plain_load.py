@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,14 +13,19 @@ from shardadam.checkpoint.errors import CheckpointError
 _NAMED = re.compile(r"GLOBAL (\S+)")
 
 
-def load_plain(file: Path | IO[bytes], where: str, *, mapped: bool = False) -> Any:
+def load_plain(
+    file: Path | IO[bytes], where: str, *, mapped: bool = False, stand_ins: Sequence[type] = ()
+) -> Any:
     """Read ``file``, on the host; ``where`` is what errors call it.
+
+    ``stand_ins``: classes of ours that are made where the file names another's, whose module and
+    name they bear.
 
     Raises:
         CheckpointError: it holds something else.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals([*stand_ins]):
             warnings.simplefilter("ignore")  # which come of odd bytes, and are not the user's
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:

@@ -14,6 +14,7 @@ class Format(Enum):
     OURS = "ours"
     DCP = "dcp"
     TORCH = "torch"
+    DEEPSPEED = "deepspeed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +40,25 @@ def recognise(path: Path) -> Found:
         return Found(Format.OURS, found[0])
     if (path / ".metadata").exists():
         return Found(Format.DCP, path)
+    if (path / "latest").is_file():
+        return Found(Format.DEEPSPEED, _latest(path))
+    if any(path.glob("*_states.pt")):
+        return Found(Format.DEEPSPEED, path)
     raise CheckpointError(
-        f"{path}: expected a checkpoint, found a folder without {manifest.FILE}, .metadata or "
-        "folders step-…"
+        f"{path}: expected a checkpoint, found a folder without {manifest.FILE}, .metadata, "
+        "folders step-… or DeepSpeed's latest"
     )
+
+
+def _latest(path: Path) -> Path:
+    """The folder of the tag that DeepSpeed saved last."""
+    with open(path / "latest", "rb") as file:
+        tag = file.read(256).decode(errors="replace").strip()
+    if tag in ("", ".", "..") or not tag.isprintable() or "/" in tag:
+        raise CheckpointError(f"{path}/latest: expected the name of a folder, found {tag!r}")
+    if not (path / tag).is_dir():
+        raise CheckpointError(f"{path}/latest: expected the folder {tag}, found none")
+    return path / tag
 
 
 def all_of_ours(path: Path) -> list[Path]:

@@ -26,6 +26,7 @@ class RunState:
     """Params and buffers by name, the state of params by name, their groups.
 
     ``optimizer``: the name of its class, if it is known. ``left_out``: what was found besides.
+    ``tied``: further names of params that are in the model by each, and their first.
     """
 
     model: dict[str, Tensor]
@@ -33,6 +34,7 @@ class RunState:
     groups: list[Group] = field(default_factory=list)
     optimizer: str | None = None
     left_out: list[str] = field(default_factory=list)
+    tied: dict[str, str] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
