@@ -209,7 +209,7 @@ def read(path: Path) -> RunState:
 
 
 def _run_state(files: Files) -> RunState:
-    _refuse_one_bit(files)
+    configured = _configured(files)
     found = RunState(dict(files.model["module"]), tied=_tied(files))
     for group in groups_of(files):
         parts, scalars = group.parts(), group.scalars()
@@ -225,9 +225,10 @@ def _run_state(files: Files) -> RunState:
         found.groups.append(Group(group.given_names(), {**_DEFAULTS, **options}))
     for name, first in found.tied.items():
         found.model[name] = found.model[first]
-    found.optimizer = optimizer_of(found.groups, found.state) or _configured(files)
-    for group_of in found.groups if found.optimizer else []:
-        group_of.options.setdefault("decoupled_weight_decay", found.optimizer == "AdamW")
+    found.optimizer = optimizer_of(found.groups, found.state) or configured
+    if found.optimizer:
+        for options in (each.options for each in found.groups):
+            options.setdefault("decoupled_weight_decay", found.optimizer == "AdamW")
     found.left_out += [k for k, v in files.model.items() if k not in _KNOWN and v is not None]
     if files.ranks[0].get("dynamic_loss_scale") is True:
         found.left_out.append("the loss scale")
@@ -282,20 +283,17 @@ def _tied(files: Files) -> dict[str, str]:
 
 
 def _configured(files: Files) -> str | None:
-    """The class of DeepSpeed's own optimizer, if its configuration names one."""
+    """The class of DeepSpeed's own optimizer, if its configuration names one of Adam's.
+
+    Raises:
+        CheckpointError: it is one of the 1-bit optimizers.
+    """
     optimizer = files.config.get("optimizer")
-    if not isinstance(optimizer, dict) or str(optimizer.get("type")).lower() not in (
-        "adam",
-        "adamw",
-    ):
+    if not isinstance(optimizer, dict):
         return None
-    params = optimizer.get("params")
-    mode = params.get("adam_w_mode", True) if isinstance(params, dict) else True
-    return "AdamW" if mode or str(optimizer["type"]).lower() == "adamw" else "Adam"
-
-
-def _refuse_one_bit(files: Files) -> None:
-    optimizer = files.config.get("optimizer")
-    kind = str(optimizer.get("type")) if isinstance(optimizer, dict) else ""
+    kind, params = str(optimizer.get("type")), optimizer.get("params")
     if kind.lower() in ("onebitadam", "zerooneadam", "onebitlamb"):
         raise CheckpointError(f"{files.path}: expected Adam or AdamW, found the 1-bit {kind}")
+    # Its Adam is AdamW, unless it is told otherwise.
+    coupled = isinstance(params, dict) and not params.get("adam_w_mode", True)
+    return {"adamw": "AdamW", "adam": "Adam" if coupled else "AdamW"}.get(kind.lower())

@@ -10,7 +10,6 @@ stand-ins for those, which hold what the file says of them and do nothing.
 
 import contextlib
 import re
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,9 +134,7 @@ def load(path: Path) -> Files:
 def _load(file: Path) -> dict[str, Any]:
     if file.is_symlink() or not file.is_file():
         raise CheckpointError(f"{file}: expected a regular file")
-    # Mapped, so that looking at a large one reads little of it.
-    mapped = zipfile.is_zipfile(file)
-    value = load_plain(file, str(file), mapped=mapped, stand_ins=_STAND_INS)
+    value = load_plain(file, str(file), mapped=True, stand_ins=_STAND_INS)
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: expected a dict, found {type(value).__name__}")
     return value

@@ -82,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
         "path",
         type=Path,
         help="a checkpoint's folder, the directory of several (the newest is shown), a folder of "
-        "torch.distributed.checkpoint, or a torch file",
+        "torch.distributed.checkpoint, a torch file, or what DeepSpeed saved with ZeRO-1 or 2 (the "
+        "directory with latest, or a tag's folder)",
     )
     verify = command(
         "verify",

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,7 @@ def load_plain(
 ) -> Any:
     """Read ``file``, on the host; ``where`` is what errors call it.
 
+    ``mapped``: where it can be, so that looking at a large one reads little of it.
     ``stand_ins``: classes of ours that are made where the file names another's, whose module and
     name they bear.
 
@@ -27,6 +29,7 @@ def load_plain(
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([*stand_ins]):
             warnings.simplefilter("ignore")  # which come of odd bytes, and are not the user's
+            mapped = mapped and zipfile.is_zipfile(file)
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:
         raise

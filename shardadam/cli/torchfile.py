@@ -1,7 +1,6 @@
 """One torch file of a model and a full optimizer state dict as `RunState`, and back."""
 
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ def load(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any], list[str]]:
     Raises:
         CheckpointError: it is none, or needs code to be read.
     """
-    # Mapped, so that looking at a large one reads little of it.
-    value = load_plain(path, str(path), mapped=zipfile.is_zipfile(path))
+    value = load_plain(path, str(path), mapped=True)
     model, optim, rest = None, value, []
     if isinstance(value, dict) and "optim" in value:
         model, optim = value.get("model"), value["optim"]
