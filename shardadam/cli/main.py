@@ -51,7 +51,8 @@ def _run(given: argparse.Namespace) -> int:
         from shardadam.cli.converting import convert
         from shardadam.cli.recognising import Format
 
-        return convert(given.source, given.target, Format(given.to), given.step, given.optimizer)
+        to = Format(given.to)
+        return convert(given.source, given.target, to, given.step, given.optimizer, given.model)
     from shardadam.cli.checking import check
 
     return check(given.path)
@@ -82,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
         "path",
         type=Path,
         help="a checkpoint's folder, the directory of several (the newest is shown), a folder of "
-        "torch.distributed.checkpoint, or a torch file",
+        "torch.distributed.checkpoint, a torch file, or a file of apex's DistributedFusedAdam or a "
+        "folder with one for each rank",
     )
     verify = command(
         "verify",
@@ -113,5 +115,11 @@ def _parser() -> argparse.ArgumentParser:
         "--optimizer",
         choices=["Adam", "AdamW", "NAdam"],
         help="to ours: the class whose state it is, where it can't be told",
+    )
+    convert.add_argument(
+        "--model",
+        type=Path,
+        metavar="FILE",
+        help="from apex: a torch file with the model, where the source has none",
     )
     return parser

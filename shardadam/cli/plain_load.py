@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,14 +13,23 @@ from shardadam.checkpoint.errors import CheckpointError
 _NAMED = re.compile(r"GLOBAL (\S+)")
 
 
-def load_plain(file: Path | IO[bytes], where: str, *, mapped: bool = False) -> Any:
+def load_plain(
+    file: Path | IO[bytes],
+    where: str,
+    *,
+    mapped: bool = False,
+    stand_ins: Mapping[str, Any] | None = None,
+) -> Any:
     """Read ``file``, on the host; ``where`` is what errors call it.
+
+    ``stand_ins``: of ours, that take the place of the file's names of others' classes.
 
     Raises:
         CheckpointError: it holds something else.
     """
+    known: list[Any] = [(ours, name) for name, ours in (stand_ins or {}).items()]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(known):
             warnings.simplefilter("ignore")  # which come of odd bytes, and are not the user's
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:

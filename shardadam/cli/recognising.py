@@ -1,4 +1,4 @@
-"""Which kind of checkpoint a path is, by its files' names."""
+"""Which kind of checkpoint a path is, by its files' names, and what is in them."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shardadam.checkpoint import folders, manifest
 from shardadam.checkpoint.errors import CheckpointError
+from shardadam.cli.apex import is_apex
 
 
 class Format(Enum):
@@ -14,6 +15,7 @@ class Format(Enum):
     OURS = "ours"
     DCP = "dcp"
     TORCH = "torch"
+    APEX = "apex"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +35,17 @@ def recognise(path: Path) -> Found:
     if not path.exists():
         raise CheckpointError(f"{path}: expected a checkpoint, found nothing")
     if not path.is_dir():
-        return Found(Format.TORCH, path)
+        return Found(Format.APEX if is_apex(path) else Format.TORCH, path)
     found = all_of_ours(path)
     if found:
         return Found(Format.OURS, found[0])
     if (path / ".metadata").exists():
         return Found(Format.DCP, path)
+    if is_apex(path):
+        return Found(Format.APEX, path)
     raise CheckpointError(
-        f"{path}: expected a checkpoint, found a folder without {manifest.FILE}, .metadata or "
-        "folders step-…"
+        f"{path}: expected a checkpoint, found a folder without {manifest.FILE}, .metadata, "
+        "folders step-… or apex's shards"
     )
 
 

@@ -26,6 +26,7 @@ class RunState:
     """Params and buffers by name, the state of params by name, their groups.
 
     ``optimizer``: the name of its class, if it is known. ``left_out``: what was found besides.
+    ``notes``: what else whoever converts it should know.
     """
 
     model: dict[str, Tensor]
@@ -33,6 +34,7 @@ class RunState:
     groups: list[Group] = field(default_factory=list)
     optimizer: str | None = None
     left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
