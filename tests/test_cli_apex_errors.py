@@ -146,7 +146,7 @@ class Getattr:
     """What the stand-in for getattr must not do."""
 
     def __reduce__(self) -> tuple:
-        return getattr, (getattr, "__self__")
+        return getattr, (getattr, "__name__")
 
 
 @pytest.mark.parametrize("bad", [Evil, Getattr])
