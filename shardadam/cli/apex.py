@@ -147,7 +147,8 @@ def read(path: Path, model: Path | None = None, optimizer: str | None = None) ->
     if rounded:
         found.notes.append(
             f"{sum(rounded.values())} elements of {len(rounded)} params were not their master "
-            f"weights rounded to nearest: they are now ({', '.join(list(rounded)[:3])}, …)"
+            f"weights rounded to nearest: they are now ({', '.join(list(rounded)[:3])}"
+            f"{', …' * (len(rounded) > 3)})"
         )
     return found
 
