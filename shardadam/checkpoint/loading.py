@@ -227,9 +227,7 @@ def _apply(
     if optimizer is not None:
         communicator.all_gather([bucket.flat for bucket in optimizer._buckets])
         torch.autograd.graph.increment_version(list(optimizer._places))
-        for bucket in optimizer._buckets:
-            optimizer._show(bucket)
-            optimizer._steps.watch(bucket)
+        optimizer._show(optimizer.state)
         optimizer._forget_grads()
 
 
