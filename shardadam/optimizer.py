@@ -169,7 +169,7 @@ class ShardedOptimizer(ShardedState):
         if seen["late"].high:
             self._place()
             return self._meet(point, asked)
-        self._reducer.give_hint(seen["gradients"])
+        self._reducer.give_hint(seen["gradients"], point)
         return seen
 
     def _skips(self, scaling: amp.Scaling) -> bool:

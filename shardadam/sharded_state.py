@@ -116,6 +116,12 @@ class ShardedState(torch.optim.Optimizer):
         finally:
             self._loading = None
 
+    def __copy__(self) -> "ShardedState":
+        raise TypeError(
+            "copy.copy() would make two optimizers of the same params, and only one can hold them: "
+            "expected copy.deepcopy((model, optimizer))"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         """As in torch.optim, for pickling and copying."""
         self._take_edits()
