@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from peaks import peak_growth
 from stamp import stamp, table
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -87,24 +88,19 @@ def main() -> None:
 
 def measure(function: Callable[[], object]) -> tuple[float, float]:
     """Seconds until all ranks are through, and the most MiB that a rank's memory has grown by."""
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = memory("VmRSS")
-    dist.barrier()
-    start = time.perf_counter()
-    function()
-    dist.barrier()
-    seconds = time.perf_counter() - start
-    grown = torch.tensor(memory("VmHWM") - before)
+    seconds = 0.0
+
+    def timed() -> None:
+        nonlocal seconds
+        dist.barrier()
+        start = time.perf_counter()
+        function()
+        dist.barrier()
+        seconds = time.perf_counter() - start
+
+    grown = torch.tensor(peak_growth(timed))
     dist.all_reduce(grown, op=dist.ReduceOp.MAX)
-    return seconds, grown.item() / 1024
-
-
-def memory(name: str) -> int:
-    """A line of /proc/self/status, in KiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1])
-    raise LookupError(name)
+    return seconds, grown.item()
 
 
 if __name__ == "__main__":

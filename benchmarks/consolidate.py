@@ -5,6 +5,7 @@ torchrun --standalone --nproc-per-node 2 benchmarks/consolidate.py
 
 import torch
 import torch.distributed as dist
+from peaks import peak_growth
 from stamp import interleaved, stamp, table
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -39,6 +40,17 @@ def main() -> None:
         dist.barrier()
         ours.consolidate_state_dict(to=0)
 
+    # First: what a call has allocated and freed, the next one uses again.
+    lines = []
+    for name, function in (
+        ("shardadam", sharded),
+        ("torch ZeroRedundancyOptimizer", zero_redundancy),
+    ):
+        grown = torch.tensor(peak_growth(function))
+        peaks = [torch.empty_like(grown) for _ in range(dist.get_world_size())]
+        dist.all_gather(peaks, grown)
+        lines.append(f"{name}: {', '.join(f'{p:.0f}' for p in peaks)} MiB more at the ranks' peaks")
+
     seconds = interleaved(
         {"torch ZeroRedundancyOptimizer": zero_redundancy, "shardadam": sharded}, repeats=9
     )
@@ -49,6 +61,7 @@ def main() -> None:
             f"gloo ranks ({held / 1e6:.0f} MB there before), {stamp()}\n"
         )
         print(table(seconds, baseline="torch ZeroRedundancyOptimizer"))
+        print("", *lines, sep="\n")
     dist.destroy_process_group()
 
 

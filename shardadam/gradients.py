@@ -167,17 +167,22 @@ class GradReducer:
                     return digest(repr(total)) if total else 0
         return 0
 
-    def give_hint(self, fingerprints: Range) -> None:
+    def give_hint(self, fingerprints: Range, point: Point) -> None:
         """Say so, once, if the ranks' gradients are equal before they are averaged."""
-        if self._hint and fingerprints.agreed and fingerprints.high:
-            if self._communicator.rank == 0:
-                warnings.warn(
-                    "gradients are equal on all ranks already (a DDP wrapper?): averaging them "
-                    'once more is right but redundant. Pass grad_sync="none" to save it, or drop '
-                    "the wrapper",
-                    stacklevel=5,
-                )
-        self._hint = False
+        hint, self._hint = self._hint, False
+        if hint and fingerprints.agreed and fingerprints.high:
+            error: Warning | None = None
+            try:
+                if self._communicator.rank == 0:
+                    warnings.warn(
+                        "gradients are equal on all ranks already (a DDP wrapper?): averaging them "
+                        'once more is right but redundant. Pass grad_sync="none" to save it, or '
+                        "drop the wrapper",
+                        stacklevel=5,
+                    )
+            except Warning as raised:
+                error = raised
+            meet(self._communicator, point, error=error)  # where warnings are errors, on all ranks
 
     def versions(self) -> list[tuple[Tensor, int] | None]:
         """The gradient of every param, kept alive, and how often it has been written."""

@@ -1,7 +1,6 @@
 """The sharded optimizer: what Adam, AdamW and NAdam share. `step()` reads as its phases."""
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from shardadam import amp, clipping, consolidation, placement
+from shardadam import amp, clipping, placement
 from shardadam.agreement import Point, Range, digest, first_difference, meet
 from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
@@ -17,13 +16,14 @@ from shardadam.gradients import GradReducer
 from shardadam.kernels import Hyperparameters, Run, backend_for
 from shardadam.options import Options
 from shardadam.runs import bucket_runs
-from shardadam.state_dict import ids_of, others, pack, plan_load
+from shardadam.sharded_state import ShardedState
+from shardadam.shown_state import ShownState
 from shardadam.steps import DeviceSteps, HostSteps, Planned, Steps
 
 _Seen = dict[str, Range]
 
 
-class ShardedOptimizer(torch.optim.Optimizer):
+class ShardedOptimizer(ShardedState):
     """Adam's family, with its state sharded over the ranks of a process group.
 
     A mixin before the torch.optim class of the same name, which validates and keeps the
@@ -38,8 +38,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
     # GradScaler then leaves unscaling and skipping to step(), where all ranks decide as one.
     _step_supports_amp_scaling = True
     _scalars: dict[str, float] = {"step": 0.0}  # noqa: RUF012  (torch.optim is no dataclass)
-    _sharded = False  # not before the end of torch's constructor
-    _loading: dict[str, Any] | None = None
 
     # ---- construction ---------------------------------------------------------------------------
 
@@ -62,6 +60,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._sharded = True
         self._places: dict[Tensor, tuple[FlatBucket, int]] = {}
         self._rounds: list[Sequence[placement.Candidate]] = []
+        self.state = self._shown = ShownState()
+        self._edited: list[str] = []
         for candidates in rounds:
             self._place(candidates)
 
@@ -82,17 +82,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._rounds.append(candidates)
         self._buckets += buckets
         self._reducer.add(buckets)
-        for candidate in candidates:
-            self.state[candidate.param] = {}  # in torch's order, which is not the buckets'
+        self._shown.add(c.param for c in candidates)  # in torch's order, which is not the buckets'
         for bucket in buckets:
             self._places.update((param, (bucket, i)) for i, param in enumerate(bucket.params))
-            self._show(bucket)
+            self._shown.show(bucket)
             self._steps.watch(bucket)
-
-    def _show(self, bucket: FlatBucket) -> None:
-        """Let ``self.state`` show the bucket's state."""
-        for index, param in enumerate(bucket.params):
-            self.state[param].update(bucket.state_of(index))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.optim, on every rank alike."""
@@ -148,6 +142,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         error: Exception | None = None
         late: list[placement.Candidate] = []
         try:
+            self._take_edits()
             self._check()
             late = placement.unplaced(self.param_groups, self._places)
         except (ValueError, RuntimeError) as caught:
@@ -156,7 +151,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         present: list[bool] = []
         if self._communicator.world_size > 1:  # else there is nobody to compare with
             settings = placement.hyperparameters(self.param_groups, self.defaults)
-            settings += [asked, f"clipped={self._clipped is not None}"]
+            settings += [asked, f"clipped={self._clipped is not None}", *self._edited]
             present = self._reducer.presence()
         words = {
             "late": digest("\n".join(map(str, late))) if late else 0,
@@ -170,10 +165,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if not seen["hyperparameters"].agreed:
             difference = first_difference(self._communicator.exchange(settings))
             raise ValueError(f"ranks differ: {difference}")
+        self._edited.clear()
         if seen["late"].high:
             self._place()
             return self._meet(point, asked)
-        self._reducer.give_hint(seen["gradients"])
+        self._reducer.give_hint(seen["gradients"], point)
         return seen
 
     def _skips(self, scaling: amp.Scaling) -> bool:
@@ -220,7 +216,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 amsgrad = any(self.param_groups[group].get("amsgrad") for group in bucket.groups)
                 if amsgrad and "max_exp_avg_sq" not in bucket.state:
                     bucket.add_state("max_exp_avg_sq")
-                    self._show(bucket)
+                    self._shown.show(bucket)
                 planned = self._steps.plan(bucket, grads.present, hypers, factor)
                 steps.append(planned)
                 runs += bucket_runs(grads, planned.coefficients, self.param_groups)
@@ -309,81 +305,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         except BaseException as error:
             self._broken = f"{type(error).__name__}: {error}"
             raise
-
-    # ---- state ----------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's state, in torch's form. Never communicates, never raises.
-
-        With several ranks its tensors hold the elements that this rank owns, and know which: the
-        same rank of the same world goes on bit for bit, torch.distributed.checkpoint at any size.
-        """
-
-        def pack_(_: torch.optim.Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
-            return pack(packed, ids_of(self.param_groups), self._places, self._communicator)
-
-        # Runs before the user's hooks, which may make something else of it.
-        with self.register_state_dict_post_hook(pack_, prepend=True):
-            return super().state_dict()
-
-    @torch.no_grad()
-    def consolidate_state_dict(self, to: int = 0) -> dict[str, Any] | None:
-        """The whole state on the host of rank ``to`` of the group, None on others. Collective.
-
-        torch.optim's class of the same name loads it, and this one at any world size: it finds
-        16-bit params' masters in entries that torch ignores.
-
-        Raises:
-            ValueError: ``to`` is not a rank, or differs between ranks.
-        """
-        held = self.state_dict(), self.param_groups, self._buckets
-        return consolidation.consolidate(*held, self._communicator, to, self._broken)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load this rank's `state_dict()`, or full tensors as torch.optim's optimizers save them.
-
-        Moments keep their precision (torch casts them to the param's dtype). Not collective.
-
-        Raises:
-            ValueError: something does not fit; names the param, and nothing has been changed.
-        """
-
-        def take(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            self._loading = given
-            return {**given, "state": others(given)}
-
-        try:
-            # Runs after the user's hooks. torch then checks the groups and calls __setstate__.
-            with self.register_load_state_dict_pre_hook(take):
-                super().load_state_dict(state_dict)
-        finally:
-            self._loading = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """As in torch.optim, for pickling and copying."""
-        ids = {param: param for param in self._places}
-        packed = pack(super().__getstate__(), ids, self._places, self._communicator)
-        return {**packed, "_options": self._options, "_rounds": self._rounds}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """As in torch.optim: called by `load_state_dict`, by unpickling and by copying."""
-        given = self._loading or state
-        rounds = state.get("_rounds", ())
-        state = {name: value for name, value in state.items() if name != "_rounds"}
-        if not self._sharded:
-            super().__setstate__({**state, "state": defaultdict(dict)})
-            self._shard(self._options, rounds)
-        for write in plan_load(self.param_groups, self._places, self._communicator, given):
-            write()
-        shown: dict[Any, Any] = {p: {} for p in self.state if p in self._places}
-        self.state = defaultdict(dict, shown)
-        for bucket in self._buckets:
-            self._show(bucket)
-            self._steps.watch(bucket)
-        for key, value in others(state).items():
-            self.state[key] = {**shown[key], **value} if key in shown else value
-        super().__setstate__({**state, "state": self.state})
-        self._forget_grads()
 
     def __repr__(self) -> str:
         """Torch's, and what runs: ranks, gradients, memory, kernel."""

@@ -14,6 +14,7 @@ from shardadam.collectives import Communicator
 from shardadam.kernels.run import in_memory_order
 from shardadam.shard_tensor import Extent, ShardTensor, extent_of
 from shardadam.shards import ParamShard, shard_of, shards_of
+from shardadam.shown_state import ShownState, plain
 
 _Places = Mapping[Tensor, tuple[FlatBucket, int]]
 Write = Callable[[], object]
@@ -45,9 +46,9 @@ def pack(
 
     ``ids``: the keys of its "state".
     """
+    state = plain(packed["state"])
     if communicator.world_size == 1:
-        return packed
-    state = dict(packed["state"])
+        return {**packed, "state": state}
     for shard in shards_of(places):
         id = ids.get(shard.param)
         if id in state:
@@ -121,15 +122,62 @@ def plan_load(
     return writes
 
 
-class _Reader:
-    """Reads one param's entry."""
+def plan_edits(
+    state: Any, shown: ShownState, places: _Places, communicator: Communicator
+) -> tuple[list[Write], list[str]]:
+    """What is to be written for the buckets to hold ``state``, see [Note: state by hand].
 
-    def __init__(self, bucket: FlatBucket, index: int, communicator: Communicator) -> None:
+    An entry that is missing or empty starts anew, as in torch. Nothing is written yet.
+
+    Args:
+        state: ``optimizer.state``, with what was put there.
+        shown: what it was made.
+        places: where the params are.
+        communicator: the ranks.
+
+    Returns:
+        The writes, and for every param that was changed a line that says so.
+
+    Raises:
+        ValueError: something is missing or does not fit; names the param.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"optimizer.state: expected a dict, found {type(state).__name__}")
+    writes: list[Write] = []
+    lines: list[str] = []
+    for param, (bucket, index) in places.items():
+        views = shown.views[param]
+        reader = _Reader(bucket, index, communicator, views["exp_avg"].shape)
+        entry = state.get(param, {})
+        if not isinstance(entry, Mapping):
+            raise ValueError(
+                f"{bucket.names[index]}: expected a dict in optimizer.state, found "
+                f"{type(entry).__name__}"
+            )
+        edited = reader.edits(entry, views)
+        writes += edited.values()
+        if edited:
+            lines.append(f"the state of {bucket.names[index]} set by hand ({', '.join(edited)})")
+    return writes, lines
+
+
+class _Reader:
+    """Reads one param's entry; tensors of the shape ``local`` are this rank's elements."""
+
+    def __init__(
+        self,
+        bucket: FlatBucket,
+        index: int,
+        communicator: Communicator,
+        local: torch.Size | None = None,
+    ) -> None:
         self._bucket = bucket
         self._index = index
         self._piece = bucket.pieces[index]
         self._name = bucket.names[index]
         self._extent = _extent(shard_of(bucket, index), communicator)
+        self._local = local
+        self._whole = self._piece.numel == bucket.bucket.spans[index].numel
 
     def scalars(self, entry: Mapping[str, Any]) -> list[Write]:
         """Writes for "step" and its like; older torch versions saved floats."""
@@ -146,6 +194,34 @@ class _Reader:
             names.append("max_exp_avg_sq")
         return [partial(self._write, name, self._value(name, entry)) for name in names]
 
+    def edits(self, entry: Mapping[str, Any], views: Mapping[str, Tensor]) -> dict[str, Write]:
+        """Writes for what is no longer one of ``views``, by name."""
+        names = [*self._bucket.scalars, *self._bucket.state]
+        if "max_exp_avg_sq" in entry and "max_exp_avg_sq" not in names:
+            names.append("max_exp_avg_sq")
+        names = [name for name in names if name not in views or entry.get(name) is not views[name]]
+        if not entry:
+            writes = [*self.scalars({}), *self.tensors({}, False)]
+            return dict(zip(names, writes, strict=True))
+        edits: dict[str, Write] = {}
+        for name in names:
+            if name in self._bucket.scalars:
+                edits[name] = self._scalar_edit(name, entry)
+            else:
+                value = self._value(name, entry)
+                # What was put there may be a view of what another write changes.
+                edits[name] = partial(self._write, name, None if value is None else value.clone())
+        return edits
+
+    def _scalar_edit(self, name: str, entry: Mapping[str, Any]) -> Write:
+        value = entry.get(name)
+        if not isinstance(value, float | int) and not (
+            isinstance(value, Tensor) and value.numel() == 1
+        ):
+            found = "nothing" if value is None else type(value).__name__
+            raise ValueError(f"{self._name}: expected a number for {name!r}, found {found}")
+        return partial(self._bucket.scalars[name][self._index].fill_, float(value))
+
     def _value(self, name: str, entry: Mapping[str, Any]) -> Tensor | None:
         """This rank's elements of one state tensor; None for zeros."""
         if name in entry and not self._is_stale(name, entry[name]):
@@ -157,7 +233,8 @@ class _Reader:
         if name == "max_exp_avg_sq":
             # Saved without AMSGrad: the largest so far is not known, the latest is a bound.
             return self._own(name, entry["exp_avg_sq"])
-        raise ValueError(f"{self._name}: the state dict has no {name!r} for it")
+        where = "the state dict" if self._local is None else "optimizer.state"
+        raise ValueError(f"{self._name}: {where} has no {name!r} for it")
 
     def _is_stale(self, name: str, value: Any) -> bool:
         """Whether torch.optim has had it, which casts what it loads and does not update it."""
@@ -176,6 +253,10 @@ class _Reader:
 
     def _own(self, name: str, value: Any) -> Tensor:
         """This rank's elements of a saved tensor, whether full or already sharded."""
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{self._name}: expected a tensor for {name!r}, found {type(value).__name__}"
+            )
         if isinstance(value, ShardTensor):
             return self._own_shard(name, value)
         if hasattr(value, "device_mesh"):
@@ -183,6 +264,8 @@ class _Reader:
                 f"{self._name}: {name} is a DTensor; expected its full_tensor(), or a checkpoint "
                 "that torch.distributed.checkpoint loads into this optimizer"
             )
+        if value.shape == self._local and not self._whole:
+            return value
         if value.shape != self._bucket.params[self._index].shape:
             raise ValueError(
                 f"{self._name}: expected {name} of shape {self._extent.shape}, "

@@ -123,6 +123,8 @@ class DeviceSteps:
     ) -> Planned:
         """As in `Steps`."""
         known = self._known[bucket]
+        if known.version != _version(bucket):
+            known.look(bucket)  # users may write to ``optimizer.state``
         segments, slots = known.look_up(present, hypers)
         rows = [
             Row(
@@ -143,6 +145,11 @@ class DeviceSteps:
     ) -> None:
         """As in `Steps`."""
         self._backend.advance([row for plan in planned for row in plan.rows], factor, skip)
+
+
+def _version(bucket: FlatBucket) -> int:
+    """Other than it was if torch wrote to the scalars; kernels write raw memory."""
+    return sum(values._version for values in bucket.scalars.values())
 
 
 def _on(device: torch.device, lr: float | Tensor) -> Tensor | None:
@@ -176,6 +183,7 @@ class _Known:
             dtype=torch.float64,
             device=bucket.device,
         )
+        self.version = -1
         self._classes: list[int] = []
         self._terms: list[tuple[bool, bool]] = []
         self._found: dict[tuple[bool, ...], tuple[list[_Segment], list[Any]]] = {}
@@ -186,6 +194,7 @@ class _Known:
         numbers: dict[Any, int] = {}
         self._classes = [numbers.setdefault(key, len(numbers)) for key in scalars]
         self._found.clear()
+        self.version = _version(bucket)
 
     def look_up(
         self, present: Sequence[bool], hypers: Sequence[Hyperparameters]

@@ -1,5 +1,7 @@
 """Ranks are forked from the test's process, which must not have started OpenMP threads by then."""
 
+from pathlib import PurePath
+
 import pytest
 import torch
 
@@ -19,3 +21,21 @@ def twin(request):
         pytest.skip(f"this build or processor has no {request.param}")
     yield backend
     backend.use_isa(BEST_ISA)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many of torch's behaviours were tested, and how many of them hold, in all classes."""
+    seen = {1: {}, 2: {}}  # world size: behaviour: whether it holds
+    for outcome in ("passed", "failed", "error"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            path, _, test = report.nodeid.partition("::")
+            if PurePath(path).name.startswith("test_torch_conformance"):
+                name, _, parameter = test.partition("[")
+                holds = seen[2 if parameter == "on two ranks]" else 1]
+                holds[name] = holds.get(name, True) and outcome == "passed"
+    if any(seen.values()):
+        counts = [
+            f"{len(holds)} behaviours at W = {world_size} ({sum(holds.values())} hold)"
+            for world_size, holds in seen.items()
+        ]
+        terminalreporter.write_line(f"torch.optim conformance: {', '.join(counts)}")

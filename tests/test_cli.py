@@ -12,6 +12,7 @@ from checkpointed import advance, make
 from ranks import run_ranks
 from saved_runs import Mixed, step
 from shardadam import checkpoint
+from shardadam.checkpoint import verifying
 from shardadam.checkpoint.verifying import Opened
 from shardadam.cli.main import main
 
@@ -116,7 +117,7 @@ def test_verify_all_in_a_directory(two_ranks, capsys):
     assert (code, out.splitlines(), err) == (0, names, "")
 
 
-def test_verify_says_which_tensor_of_which_file(tmp_path, capsys):
+def test_verify_says_which_tensors_of_which_file(tmp_path, capsys, monkeypatch):
     folder = ours(tmp_path / "run")
     link = tmp_path / "latest"
     link.symlink_to(folder)
@@ -130,6 +131,19 @@ def test_verify_says_which_tensor_of_which_file(tmp_path, capsys):
     assert (code, out) == (1, "")
     assert err.startswith(f"damaged  {folder}: {file.name}: exp_avg of 2.weight: expected digest")
     flip(file, position)
+    assert run(capsys, "verify", folder)[0] == 0
+    with Opened(folder) as opened:
+        starts = opened.file(0)[1]
+    for start in starts[:-1]:
+        flip(file, start)
+    monkeypatch.setattr(verifying, "_LISTED", 5)
+    code, _, err = run(capsys, "verify", folder)
+    *listed, last = err.splitlines()
+    assert code == 1 and last == f"damaged  {folder}: and {len(names) - 5} more"
+    for (name, part), line in zip(names[:5], listed, strict=True):
+        assert f"{file.name}: {part} of {name}: expected digest" in line
+    for start in starts[:-1]:
+        flip(file, start)
     assert run(capsys, "verify", folder)[0] == 0
     flip(folder / "manifest.json", 60)
     assert run(capsys, "verify", folder)[0] == 1

@@ -2,10 +2,12 @@
 
 import copy
 import io
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from peaks import peak_growth
 
 import shardadam
 from models import Awkward, mlp, same, train, values
@@ -178,3 +180,23 @@ def test_torchs_rounded_remainder_is_not_taken_for_one():
         entry["master"] = entry["remainder"]
     wide.load_state_dict(stale)
     assert torch.equal(wide.state[other[0].weight]["master"], other[0].weight.float())
+
+
+def grown(rank: int) -> float:
+    params = [torch.nn.Parameter(torch.ones(1024, 1024)) for _ in range(16)]
+    optimizer = shardadam.AdamW(params, bucket_bytes=8 * 2**20)
+    for entry in optimizer.state.values():
+        for value in entry.values():
+            value.fill_(1.0)  # there, not only promised
+    return peak_growth(lambda: kept.append(optimizer.consolidate_state_dict()))
+
+
+kept: list = []
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read as on Linux")
+def test_only_the_receiver_holds_the_whole():
+    receiver, *others = run_ranks(3, grown)
+    bucket = 2 * 8  # MiB of moments
+    assert 100 < receiver < 128 + bucket, receiver
+    assert max(others) < bucket, others

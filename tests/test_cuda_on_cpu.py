@@ -25,7 +25,7 @@ from kernel_runs import (
     copy,
     make_run,
 )
-from models import loss_of, mlp, same, values
+from models import loss_of, mlp, same, train, values
 from shardadam import optimizer as optimizer_module
 from shardadam.kernels import Hyperparameters, Row, Run, backend_for, exact_sum, fold
 from shardadam.kernels.cuda_arguments import Batch, Rows
@@ -417,6 +417,21 @@ def test_state_moves_between_the_backends(on_shim):
     assert same(values(first), values(second))
     host.load_state_dict(device.state_dict())
     assert host.state[first[0].bias]["step"] == 3
+
+
+def test_a_counter_written_to_by_hand_is_seen(on_shim):
+    first, second = mlp(), mlp()
+    optimizers = (
+        on_shim(shardadam.AdamW, first.parameters()),
+        shardadam.AdamW(second.parameters()),
+    )
+    for model, optimizer in zip((first, second), optimizers, strict=True):
+        train(model, optimizer, range(3))
+        optimizer.state[model[2].bias]["step"].fill_(40)  # in place, under the host's nose
+        train(model, optimizer, range(3, 5))
+        optimizer.state[model[0].weight]["step"] = torch.tensor(7.0)
+        train(model, optimizer, range(5, 7))
+    assert same(values(first), values(second))
 
 
 def test_arguments_fit_into_what_every_gpu_takes():

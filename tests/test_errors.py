@@ -4,6 +4,7 @@ import copy
 import os
 import re
 import time
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 import shardadam
 from models import loss_of, mlp, same, train, values
 from ranks import run_ranks
+from shardadam import checkpoint
 from shardadam.placement import single_device
 
 
@@ -310,3 +312,51 @@ def test_params_on_several_devices(first, other):
     groups = [{"params": [a], "param_names": ["a"]}, {"params": [b], "param_names": ["b"]}]
     with pytest.raises(ValueError, match=f"on one device: a is on {first}, b on {other}"):
         single_device(groups)
+
+
+def hint_as_error(rank: int) -> None:
+    model = mlp()
+    optimizer = shardadam.AdamW(model.named_parameters())
+    before = values(model)
+    loss_of(model, 0).backward()
+    expected = "gradients are equal" if rank == 0 else "rank 0: UserWarning: gradients are equal"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning if rank == 0 else RuntimeError, match=expected):
+            optimizer.step()
+    assert same(values(model), before)
+    optimizer.step()
+    assert optimizer.state[model[0].weight]["step"] == 1
+
+
+def test_a_hint_that_is_an_error_is_one_on_every_rank():
+    run_ranks(2, hint_as_error, timeout_s=30)
+
+
+def skips_as_error(rank: int, root: str) -> None:
+    model = mlp()
+    optimizer = shardadam.AdamW(model.named_parameters())
+    for step in (1, 2):
+        folder = checkpoint.save(root, step=step, optimizer=optimizer)
+    if rank == 0:
+        (folder / "manifest.json").unlink()
+    torch.distributed.barrier()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="rank 0 of 2: UserWarning: .* is not whole"):
+            checkpoint.load(root, optimizer=optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert checkpoint.load(root, optimizer=optimizer).step == 1
+
+
+def test_a_skipped_checkpoint_that_is_an_error_is_one_on_every_rank(tmp_path):
+    run_ranks(2, skips_as_error, str(tmp_path), timeout_s=30)
+
+
+def test_a_shallow_copy_is_refused():
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters())
+    with pytest.raises(TypeError, match="only one can hold them: expected copy.deepcopy"):
+        copy.copy(optimizer)
+    train(model, optimizer, range(1))

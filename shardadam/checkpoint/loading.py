@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,9 @@ def load(
             try:
                 opened = _open(communicator, path)
             except CheckpointError as error:
-                if communicator.rank == 0:
-                    warnings.warn(f"{path} is not whole, skipped: {error}", stacklevel=2)
                 skipped.append((path, str(error)))
+                text = f"{path} is not whole, skipped: {error}"
+                _warn(communicator, [text] if communicator.rank == 0 else [])
                 continue
             loaded, notes = _load(
                 communicator, opened, (optimizer, model, lr_scheduler), rng, strict, skipped
@@ -92,8 +93,7 @@ def load(
         finally:
             if opened is not None:
                 opened.close()
-        for note in notes:
-            warnings.warn(f"{path}: {note}", stacklevel=2)
+        _warn(communicator, [f"{path}: {note}" for note in notes])
         return loaded
     reasons = "".join(f"\n  {path.name}: {reason}" for path, reason in skipped)
     raise CheckpointError(
@@ -112,6 +112,17 @@ def latest(directory: str | Path) -> Path | None:
         except CheckpointError:
             continue
     return None
+
+
+def _warn(communicator: Communicator, texts: Sequence[str]) -> None:
+    """Warn on this rank; where warnings are errors, one on all ranks. Collective."""
+    error: Exception | None = None
+    try:
+        for text in texts:
+            warnings.warn(text, stacklevel=3)
+    except Warning as raised:
+        error = raised
+    together(communicator, Point.LOAD, error)
 
 
 def _candidates(
@@ -227,9 +238,7 @@ def _apply(
     if optimizer is not None:
         communicator.all_gather([bucket.flat for bucket in optimizer._buckets])
         torch.autograd.graph.increment_version(list(optimizer._places))
-        for bucket in optimizer._buckets:
-            optimizer._show(bucket)
-            optimizer._steps.watch(bucket)
+        optimizer._show(optimizer.state)
         optimizer._forget_grads()
 
 

@@ -1,8 +1,9 @@
 """Is a checkpoint whole? Every digest of it, in parallel."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +12,16 @@ from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.manifest import Manifest
 from shardadam.checkpoint.progress import Bar
 
+_LISTED = 20  # damaged tensors of one checkpoint
+
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What `verify` found: folders that are whole, and those that are not, with the reason."""
+    """What `verify` found: folders that are whole, and those that are not, with the reasons.
+
+    ``broken`` has an entry for each damaged file or tensor, and after 20 of a folder one that says
+    how many more there are.
+    """
 
     whole: list[Path]
     broken: list[tuple[Path, str]]
@@ -35,8 +42,12 @@ def verify(directory: str | Path, *, threads: int | None = None) -> Verified:
     for path in paths:
         try:
             with Opened(path) as opened:
-                opened.check(range(len(opened.manifest.files)), 0, threads)
-            found.whole.append(path)
+                damage = list(opened.damage(range(len(opened.manifest.files)), 0, threads))
+            found.broken.extend((path, reason) for reason in damage[:_LISTED])
+            if len(damage) > _LISTED:
+                found.broken.append((path, f"and {len(damage) - _LISTED} more"))
+            if not damage:
+                found.whole.append(path)
         except CheckpointError as error:
             found.broken.append((path, str(error)))
     return found
@@ -112,43 +123,56 @@ class Opened:
             self._files[rank] = (file, starts)
         return self._files[rank]
 
-    def check(self, ranks: Iterable[int], rank: int, threads: int | None = None) -> None:
+    def check(self, ranks: Iterable[int], rank: int) -> None:
         """Check the digests of these ranks' files; ``rank`` 0 shows a progress bar.
 
         Raises:
-            CheckpointError: a file is not what was written.
+            CheckpointError: a file is not what was written; as soon as that is known.
         """
+        for number in (ranks := list(ranks)):
+            self.file(number)
+        with closing(self.damage(ranks, rank)) as damage:
+            for reason in damage:
+                raise CheckpointError(reason)
+
+    def damage(
+        self, ranks: Iterable[int], rank: int, threads: int | None = None
+    ) -> Generator[str, None, None]:
+        """What of these ranks' files is not what was written; ``rank`` 0 shows a progress bar."""
         jobs = []
         total = 0
         for number in ranks:
-            file, starts = self.file(number)
+            try:
+                file, starts = self.file(number)
+            except CheckpointError as error:
+                yield str(error)
+                continue
             total += starts[-1] - starts[0]
             for i, shard in enumerate(self.manifest.files[number]):
                 jobs.append((number, file, starts[i], starts[i + 1], shard))
         count = threads or min(8, _processors())
 
-        def check(job: tuple[int, int, int, int, manifest.Shard]) -> None:
+        def check(job: tuple[int, int, int, int, manifest.Shard]) -> str | None:
             number, file, start, end, shard = job
             where = self.where(number)
-            found = tensorfile.digest_of(file, start, end, where, bar)
-            if found != shard.digest:
-                name = self.manifest.entries[shard.entry].name
-                raise CheckpointError(
-                    f"{where}: {shard.part} of {name}: expected digest {shard.digest}, "
-                    f"found {found}"
-                )
+            try:
+                found = tensorfile.digest_of(file, start, end, where, bar)
+            except CheckpointError as error:
+                return str(error)
+            if found == shard.digest:
+                return None
+            name = self.manifest.entries[shard.entry].name
+            return f"{where}: {shard.part} of {name}: expected digest {shard.digest}, found {found}"
 
         with Bar(f"verifying step {self.manifest.step}", total, rank) as bar:
             if count == 1 or len(jobs) < 2 or total < 2**22:
-                for job in jobs:
-                    check(job)
+                yield from filter(None, map(check, jobs))
                 return
-            # The largest first; none left when one has failed.
+            # The largest first; none left when whoever asked wants to know no more.
             jobs.sort(key=lambda job: job[2] - job[3])
             with ThreadPoolExecutor(count) as pool:
                 try:
-                    for _ in pool.map(check, jobs):
-                        pass
+                    yield from filter(None, pool.map(check, jobs))
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise

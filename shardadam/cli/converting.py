@@ -9,14 +9,23 @@ from pathlib import Path
 
 from shardadam.checkpoint import folders
 from shardadam.checkpoint.errors import CheckpointError
-from shardadam.cli import dcp, deepspeed, ours, torchfile
+from shardadam.cli import apex, dcp, deepspeed, ours, torchfile
 from shardadam.cli.recognising import Format, recognise
 from shardadam.cli.run_state import RunState
 from shardadam.cli.telling import WHOLE, one_line
 
 
-def convert(source: Path, target: Path, to: Format, step: int | None, optimizer: str | None) -> int:
+def convert(
+    source: Path,
+    target: Path,
+    to: Format,
+    step: int | None,
+    optimizer: str | None,
+    model: Path | None = None,
+) -> int:
     """Write ``source`` again as ``target`` and return the exit code.
+
+    ``model``: of a source that is an optimizer's state alone.
 
     Raises:
         CheckpointError: ``target`` is there, ``source`` is none, or it does not fit the format.
@@ -26,8 +35,13 @@ def convert(source: Path, target: Path, to: Format, step: int | None, optimizer:
     found = recognise(source)
     if found.format is to:
         raise CheckpointError(f"{source}: expected another format than {to.value}")
-    state = _READ[found.format](found.path)
-    notes = []
+    if found.format is Format.APEX:
+        state = apex.read(found.path, model, optimizer)
+    elif model is not None:
+        raise CheckpointError(f"{source}: expected a checkpoint of apex to go with --model")
+    else:
+        state = _READ[found.format](found.path)
+    notes = state.notes
     if optimizer is not None:
         state.optimizer = optimizer
     elif state.optimizer is None and state.groups:

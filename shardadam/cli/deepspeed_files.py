@@ -43,16 +43,12 @@ class _Inert:
         self.state = state
 
 
-def _stand_in(module: str, name: str, base: type) -> type:
-    return type(name, (base,), {"__module__": f"deepspeed.{module}", "__qualname__": name})
-
-
-_STAND_INS = (
-    _stand_in("runtime.fp16.loss_scaler", "LossScaler", _Inert),
-    _stand_in("runtime.fp16.loss_scaler", "DynamicLossScaler", _Inert),
-    _stand_in("utils.tensor_fragment", "fragment_address", _Inert),
-    _stand_in("runtime.zero.config", "ZeroStageEnum", int),
-)
+_STAND_INS = {
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler": type("LossScaler", (_Inert,), {}),
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": type("LossScaler", (_Inert,), {}),
+    "deepspeed.utils.tensor_fragment.fragment_address": type("Address", (_Inert,), {}),
+    "deepspeed.runtime.zero.config.ZeroStageEnum": type("Stage", (int,), {}),
+}
 
 
 def plain_state(value: object) -> dict[str, Any]:

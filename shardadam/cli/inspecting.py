@@ -12,7 +12,7 @@ from shardadam.checkpoint.contents import dtype_name
 from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.manifest import Manifest, file_name
 from shardadam.checkpoint.verifying import Opened
-from shardadam.cli import deepspeed_files
+from shardadam.cli import apex, deepspeed_files
 from shardadam.cli.dcp import Folder
 from shardadam.cli.deepspeed import groups_of
 from shardadam.cli.recognising import Format, recognise
@@ -144,11 +144,41 @@ def _of_deepspeed(path: Path) -> Summary:
     return Summary(f"DeepSpeed ZeRO-{files.stage} checkpoint {path}", facts, rows, stored)
 
 
+def _of_apex(path: Path) -> Summary:
+    saved = apex.load(path)
+    try:
+        names = apex.names_of(saved)
+    except CheckpointError:  # numbers say something too
+        names = {}
+    state = {names.get(id, f"param {id}"): parts for id, parts in saved.state.items()}
+    model, rows = saved.model or {}, []
+    for name in dict.fromkeys([*model, *state]):
+        parts = state.get(name, {})
+        tensors = [*parts.values(), *([model[name]] if name in model else [])]
+        like = model.get(name, parts.get("exp_avg"))
+        shape, dtype = ((), "") if like is None else (tuple(like.shape), dtype_name(like))
+        holds = [f"{part}:{dtype_name(tensor)}" for part, tensor in parts.items()]
+        rows.append(Row(name, shape, dtype, " ".join(holds), sum(t.nbytes for t in tensors)))
+    facts = {
+        "layout": saved.layout + (f", {saved.ranks} ranks" if saved.ranks else ""),
+        "step": f"{saved.step:g}",
+        "model": "yes" if saved.model is not None else "no, an optimizer's state alone",
+    }
+    for number, group in enumerate(saved.groups):
+        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        facts[f"group {number}"] = f"{len(group['params'])} params, {_options(options)}"
+    if saved.rest:
+        facts["also"] = ", ".join(saved.rest)
+    files = [File(file.name, file.stat().st_size) for file in apex.files_of(path)]
+    return Summary(f"apex DistributedFusedAdam {path}", facts, rows, files)
+
+
 _SUMMARIES = {
     Format.OURS: _of_ours,
     Format.DCP: _of_dcp,
     Format.TORCH: _of_torch,
     Format.DEEPSPEED: _of_deepspeed,
+    Format.APEX: _of_apex,
 }
 
 

@@ -51,7 +51,8 @@ def _run(given: argparse.Namespace) -> int:
         from shardadam.cli.converting import convert
         from shardadam.cli.recognising import Format
 
-        return convert(given.source, given.target, Format(given.to), given.step, given.optimizer)
+        to = Format(given.to)
+        return convert(given.source, given.target, to, given.step, given.optimizer, given.model)
     from shardadam.cli.checking import check
 
     return check(given.path)
@@ -82,8 +83,9 @@ def _parser() -> argparse.ArgumentParser:
         "path",
         type=Path,
         help="a checkpoint's folder, the directory of several (the newest is shown), a folder of "
-        "torch.distributed.checkpoint, a torch file, or what DeepSpeed saved with ZeRO-1 or 2 (the "
-        "directory with latest, or a tag's folder)",
+        "torch.distributed.checkpoint, a torch file, what DeepSpeed saved with ZeRO-1 or 2 (the "
+        "directory with latest, or a tag's folder), or a file of apex's DistributedFusedAdam or a "
+        "folder with one for each rank",
     )
     verify = command(
         "verify",
@@ -114,5 +116,11 @@ def _parser() -> argparse.ArgumentParser:
         "--optimizer",
         choices=["Adam", "AdamW", "NAdam"],
         help="to ours: the class whose state it is, where it can't be told",
+    )
+    convert.add_argument(
+        "--model",
+        type=Path,
+        metavar="FILE",
+        help="from apex: a torch file with the model, where the source has none",
     )
     return parser

@@ -3,7 +3,7 @@
 import re
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,19 +15,23 @@ _NAMED = re.compile(r"GLOBAL (\S+)")
 
 
 def load_plain(
-    file: Path | IO[bytes], where: str, *, mapped: bool = False, stand_ins: Sequence[type] = ()
+    file: Path | IO[bytes],
+    where: str,
+    *,
+    mapped: bool = False,
+    stand_ins: Mapping[str, Any] | None = None,
 ) -> Any:
     """Read ``file``, on the host; ``where`` is what errors call it.
 
     ``mapped``: where it can be, so that looking at a large one reads little of it.
-    ``stand_ins``: classes of ours that are made where the file names another's, whose module and
-    name they bear.
+    ``stand_ins``: of ours, that take the place of the file's names of others' classes.
 
     Raises:
         CheckpointError: it holds something else.
     """
+    known: list[Any] = [(ours, name) for name, ours in (stand_ins or {}).items()]
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([*stand_ins]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(known):
             warnings.simplefilter("ignore")  # which come of odd bytes, and are not the user's
             mapped = mapped and zipfile.is_zipfile(file)
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)

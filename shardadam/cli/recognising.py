@@ -1,4 +1,4 @@
-"""Which kind of checkpoint a path is, by its files' names."""
+"""Which kind of checkpoint a path is, by its files' names, and what is in them."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shardadam.checkpoint import folders, manifest
 from shardadam.checkpoint.errors import CheckpointError
+from shardadam.cli.apex import is_apex
 
 
 class Format(Enum):
@@ -15,6 +16,7 @@ class Format(Enum):
     DCP = "dcp"
     TORCH = "torch"
     DEEPSPEED = "deepspeed"
+    APEX = "apex"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ def recognise(path: Path) -> Found:
     if not path.exists():
         raise CheckpointError(f"{path}: expected a checkpoint, found nothing")
     if not path.is_dir():
-        return Found(Format.TORCH, path)
+        return Found(Format.APEX if is_apex(path) else Format.TORCH, path)
     found = all_of_ours(path)
     if found:
         return Found(Format.OURS, found[0])
@@ -44,9 +46,11 @@ def recognise(path: Path) -> Found:
         return Found(Format.DEEPSPEED, _latest(path))
     if any(path.glob("*_states.pt")):
         return Found(Format.DEEPSPEED, path)
+    if is_apex(path):
+        return Found(Format.APEX, path)
     raise CheckpointError(
         f"{path}: expected a checkpoint, found a folder without {manifest.FILE}, .metadata, "
-        "folders step-… or DeepSpeed's latest"
+        "folders step-…, DeepSpeed's latest or apex's shards"
     )
 
 

@@ -27,6 +27,7 @@ class RunState:
 
     ``optimizer``: the name of its class, if it is known. ``left_out``: what was found besides.
     ``tied``: further names of params that are in the model by each, and their first.
+    ``notes``: what else whoever converts it should know.
     """
 
     model: dict[str, Tensor]
@@ -35,6 +36,7 @@ class RunState:
     optimizer: str | None = None
     left_out: list[str] = field(default_factory=list)
     tied: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def steps(self) -> int:

@@ -62,15 +62,8 @@ def names_of(model: dict[str, Any] | None, optim: dict[str, Any], path: Path) ->
         CheckpointError: they can't be known.
     """
     groups = optim["param_groups"]
-    names: dict[Any, str] = {}
-    for group in groups:
-        ids, given = group["params"], group.get("param_names")
-        if given is None:
-            break
-        if not isinstance(given, list) or len(given) != len(ids):
-            raise CheckpointError(f"{path}: expected as many param_names as params")
-        names |= {id: str(name) for id, name in zip(ids, given, strict=True)}
-    else:
+    names = given_names(groups, path)
+    if names is not None:
         return names
     ids = groups[0]["params"]
     if len(groups) == 1 and model is not None and len(ids) == len(model):
@@ -82,6 +75,23 @@ def names_of(model: dict[str, Any] | None, optim: dict[str, Any], path: Path) ->
         f"{path}: expected param_names in its param_groups, or one group of all the model's "
         "tensors: make the optimizer from model.named_parameters()"
     )
+
+
+def given_names(groups: list[dict[str, Any]], path: Path) -> dict[Any, str] | None:
+    """The names of the numbers in "params" by "param_names", if every group has those.
+
+    Raises:
+        CheckpointError: there are more or fewer of them.
+    """
+    names: dict[Any, str] = {}
+    for group in groups:
+        ids, given = group["params"], group.get("param_names")
+        if given is None:
+            return None
+        if not isinstance(given, list) or len(given) != len(ids):
+            raise CheckpointError(f"{path}: expected as many param_names as params")
+        names |= {id: str(name) for id, name in zip(ids, given, strict=True)}
+    return names
 
 
 def read(path: Path) -> RunState:

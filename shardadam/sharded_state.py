@@ -1,0 +1,144 @@
+"""The optimizer's state as users see it: shown, edited, saved, loaded, copied."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardadam import consolidation
+from shardadam.buffers import FlatBucket
+from shardadam.collectives import Communicator
+from shardadam.options import Options
+from shardadam.placement import Candidate
+from shardadam.shown_state import ShownState
+from shardadam.state_dict import ids_of, others, pack, plan_edits, plan_load
+from shardadam.steps import Steps
+
+
+class ShardedState(torch.optim.Optimizer):
+    """What `ShardedOptimizer` does besides steps. ``_shard`` gives it the attributes below."""
+
+    _sharded = False  # not before the end of torch's constructor
+    _loading: dict[str, Any] | None = None
+    _options: Options
+    _communicator: Communicator
+    _buckets: list[FlatBucket]
+    _places: dict[Tensor, tuple[FlatBucket, int]]
+    _rounds: list[Sequence[Candidate]]
+    _steps: Steps
+    _broken: str | None
+    _shown: ShownState
+    _edited: list[str]
+
+    def _shard(
+        self, options: Options, rounds: Sequence[Sequence[Candidate] | None] = (None,)
+    ) -> None:
+        raise NotImplementedError
+
+    def _forget_grads(self) -> None:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _take_edits(self) -> None:
+        """Take what was put into ``self.state``, see [Note: state by hand]."""
+        if self.state is self._shown and not self._shown.notes.written:
+            return
+        writes, lines = plan_edits(self.state, self._shown, self._places, self._communicator)
+        for write in writes:
+            write()
+        edited = self._edited + lines
+        self._show(self.state)
+        self._edited = edited  # for the next meeting: they must be the same on every rank
+
+    def _show(self, state: Mapping[Any, Any]) -> None:
+        """Let ``self.state`` show all buckets, beside what others keep in ``state``."""
+        if state is not self._shown:
+            self._shown = ShownState()
+        self.state = self._shown
+        self._shown.add((c.param for candidates in self._rounds for c in candidates), state)
+        for bucket in self._buckets:
+            self._shown.show(bucket)
+            self._steps.watch(bucket)
+        self._shown.notes.written = False
+        self._edited = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state, in torch's form. Never communicates.
+
+        With several ranks its tensors hold the elements that this rank owns, and know which: the
+        same rank of the same world goes on bit for bit, torch.distributed.checkpoint at any size.
+
+        Raises:
+            ValueError: what was put into ``optimizer.state`` by hand does not fit.
+        """
+
+        def pack_(_: torch.optim.Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
+            return pack(packed, ids_of(self.param_groups), self._places, self._communicator)
+
+        # After users' hooks that may write to the state, before those that make something of it.
+        with (
+            self.register_state_dict_pre_hook(lambda _: self._take_edits()),
+            self.register_state_dict_post_hook(pack_, prepend=True),
+        ):
+            return super().state_dict()
+
+    @torch.no_grad()
+    def consolidate_state_dict(self, to: int = 0) -> dict[str, Any] | None:
+        """The whole state on the host of rank ``to`` of the group, None on others. Collective.
+
+        torch.optim's class of the same name loads it, and this one at any world size: it finds
+        16-bit params' masters in entries that torch ignores.
+
+        Raises:
+            ValueError: ``to`` is not a rank, or differs between ranks.
+        """
+        held = self.state_dict(), self.param_groups, self._buckets
+        return consolidation.consolidate(*held, self._communicator, to, self._broken)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load this rank's `state_dict()`, or full tensors as torch.optim's optimizers save them.
+
+        Moments keep their precision (torch casts them to the param's dtype). Not collective.
+
+        Raises:
+            ValueError: something does not fit; names the param, and nothing has been changed.
+        """
+
+        def take(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            self._loading = given
+            return {**given, "state": others(given)}
+
+        try:
+            # Runs after the user's hooks. torch then checks the groups and calls __setstate__.
+            with self.register_load_state_dict_pre_hook(take):
+                super().load_state_dict(state_dict)
+        finally:
+            self._loading = None
+
+    def __copy__(self) -> "ShardedState":
+        raise TypeError(
+            "copy.copy() would make two optimizers of the same params, and only one can hold them: "
+            "expected copy.deepcopy((model, optimizer))"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As in torch.optim, for pickling and copying."""
+        self._take_edits()
+        ids = {param: param for param in self._places}
+        packed = pack(super().__getstate__(), ids, self._places, self._communicator)
+        return {**packed, "_options": self._options, "_rounds": self._rounds}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As in torch.optim: called by `load_state_dict`, by unpickling and by copying."""
+        given = self._loading or state
+        rounds = state.get("_rounds", ())
+        state = {name: value for name, value in state.items() if name != "_rounds"}
+        if not self._sharded:
+            super().__setstate__({**state, "state": {}})
+            self._shard(self._options, rounds)
+        for write in plan_load(self.param_groups, self._places, self._communicator, given):
+            write()
+        self._show(others(state))
+        super().__setstate__({**state, "state": self.state})
+        self._forget_grads()
