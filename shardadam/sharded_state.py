@@ -48,7 +48,10 @@ class ShardedState(torch.optim.Optimizer):
         for write in writes:
             write()
         edited = self._edited + lines
-        self._show(self.state)
+        if lines or self.state is not self._shown:
+            self._show(self.state)
+        else:
+            self._show_others()
         self._edited = edited  # for the next meeting: they must be the same on every rank
 
     def _show(self, state: Mapping[Any, Any]) -> None:
@@ -56,12 +59,16 @@ class ShardedState(torch.optim.Optimizer):
         if state is not self._shown:
             self._shown = ShownState()
         self.state = self._shown
-        self._shown.add((c.param for candidates in self._rounds for c in candidates), state)
+        self._show_others(state)
         for bucket in self._buckets:
             self._shown.show(bucket)
             self._steps.watch(bucket)
-        self._shown.notes.written = False
         self._edited = []
+
+    def _show_others(self, state: Mapping[Any, Any] | None = None) -> None:
+        """Let ``self.state`` have an entry for every param, with what others keep in ``state``."""
+        self._shown.add((c.param for candidates in self._rounds for c in candidates), state)
+        self._shown.notes.written = False
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, in torch's form. Never communicates.

@@ -147,13 +147,15 @@ def plan_edits(
     lines: list[str] = []
     for param, (bucket, index) in places.items():
         views = shown.views[param]
-        reader = _Reader(bucket, index, communicator, views["exp_avg"].shape)
         entry = state.get(param, {})
         if not isinstance(entry, Mapping):
             raise ValueError(
                 f"{bucket.names[index]}: expected a dict in optimizer.state, found "
                 f"{type(entry).__name__}"
             )
+        if entry.keys() & _OURS == views.keys() and all(entry[k] is v for k, v in views.items()):
+            continue
+        reader = _Reader(bucket, index, communicator, views["exp_avg"].shape)
         edited = reader.edits(entry, views)
         writes += edited.values()
         if edited:

@@ -86,3 +86,19 @@ def saved(rank, root):
 
 def test_checkpoints_hold_what_was_written_and_loading_replaces_it(tmp_path):
     run_ranks(2, saved, str(tmp_path))
+
+
+def test_what_others_keep_there_leaves_the_views_alone():
+    """So that a step after it costs what a step does."""
+    params = layer()
+    optimizer = shardadam.AdamW(params)
+    steps(optimizer, params, 1)
+    view = optimizer.state[params[0]]["exp_avg"]
+    optimizer.state[params[0]]["mine"] = 1
+    optimizer.state[params[1]] = {**optimizer.state[params[1]], "mine": 2}
+    steps(optimizer, params, 1)
+    assert optimizer.state[params[0]]["exp_avg"] is view
+    assert [optimizer.state[param]["mine"] for param in params[:2]] == [1, 2]
+    optimizer.state[params[1]]["step"] = 30.0  # noticed in the dict that was put there too
+    steps(optimizer, params, 1)
+    assert optimizer.state[params[1]]["step"] == 31
