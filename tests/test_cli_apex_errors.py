@@ -50,7 +50,7 @@ def test_what_is_not_whole_is_refused(tmp_path, capsys):
 
     assert "expected each of its" in broken_shards(ranks(), lambda ranks: ranks.pop(1))
     twice = broken_shards(ranks(), lambda ranks: ranks.append(ranks[1]))
-    assert "found twice some" in twice
+    assert " twice" in twice
     cases = {
         "expected one of": set_to(fragment, "bucket_id", 99),
         "expected shard_range": set_to(fragment, "shard_range", (5, 3)),

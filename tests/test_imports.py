@@ -36,7 +36,7 @@ LEVELS = [
     ["checkpoint"],
     [""],
     ["cli"],
-    ["cli.masters", "cli.plain_load", "cli.run_state", "cli.telling"],
+    ["cli.masters", "cli.plain_load", "cli.run_state", "cli.telling", "cli.tensors"],
     [
         "cli.apex_shards",
         "cli.dcp",

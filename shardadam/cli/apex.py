@@ -16,19 +16,15 @@ from torch import Tensor
 
 from shardadam.checkpoint.errors import CheckpointError
 from shardadam.cli import apex_shards
-from shardadam.cli.masters import PARAMS, is_dense, near, settle
+from shardadam.cli.masters import PARAMS, near, settle
 from shardadam.cli.plain_load import load_plain
-from shardadam.cli.run_state import RunState, as_scalar, groups_by, number_of
+from shardadam.cli.run_state import TORCH_OPTIONS, RunState, as_scalar, groups_by, number_of
+from shardadam.cli.tensors import check_dense, check_model, is_dense
 from shardadam.cli.torchfile import given_names
 
 _OPTIMIZER = ("optim", "optimizer")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _DROPPED = ("bias_correction", "step")
-_DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(("amsgrad", "maximize", "capturable", "differentiable"), False),
-    **dict.fromkeys(("foreach", "fused")),
-}
-"""What torch's groups have besides: torch.distributed.checkpoint misses what is not there."""
 
 
 @dataclass(slots=True)
@@ -71,10 +67,8 @@ def load(path: Path, model: Path | None = None) -> Saved:
     if model is not None:
         value = load_plain(model, str(model), mapped=zipfile.is_zipfile(model))
         found = value.get("model", value) if isinstance(value, dict) else value
-    if found is not None and not (
-        isinstance(found, dict) and all(isinstance(v, Tensor) for v in found.values())
-    ):
-        raise CheckpointError(f'{model or path}: expected "model" to be a dict of tensors')
+    if found is not None:
+        found = check_model(found, str(model or path))
     where, first = optimizers[0]
     known = ("state", "param_groups", "format", "gathered_states")
     rest += [f"{key} of the optimizer" for key in first if key not in known]
@@ -90,7 +84,7 @@ def load(path: Path, model: Path | None = None) -> Saved:
         groups, step = _same_on_all(optimizers)
         return Saved("v2", path, found, groups, step, _whole(first["state"], where), 0, rest)
     groups, step = _same_on_all(ranks)
-    state = apex_shards.put_together(ranks)
+    state = apex_shards.put_together(ranks, str(path))
     return Saved(layout, path, found, groups, step, state, len(ranks), rest)
 
 
@@ -110,7 +104,7 @@ def read(path: Path, model: Path | None = None, optimizer: str | None = None) ->
     names = names_of(saved)
     decoupled = {"decoupled_weight_decay": optimizer != "Adam"}
     options = [
-        {**_DEFAULTS, **decoupled, **{k: v for k, v in group.items() if k not in _DROPPED}}
+        {**TORCH_OPTIONS, **decoupled, **{k: v for k, v in group.items() if k not in _DROPPED}}
         for group in saved.groups
     ]
     found = RunState(dict(saved.model), groups=groups_by(options, str(path), names))
@@ -121,8 +115,10 @@ def read(path: Path, model: Path | None = None, optimizer: str | None = None) ->
     for id, parts in saved.state.items():
         name = names.get(id, f"param {id}")
         tensor = saved.model.get(name)
+        if tensor is None and id in names:
+            raise CheckpointError(f"{model or path}: expected {name!r} in the model, found none")
         if tensor is None:
-            found.left_out.append(f"state of {name}, which is not in the model")
+            found.left_out.append(f"state of {name}, which is in no group")
             continue
         _check_like(f"{path}: {name}", tensor, parts, flat=saved.ranks > 0)
         shaped = {
@@ -131,8 +127,8 @@ def read(path: Path, model: Path | None = None, optimizer: str | None = None) ->
         state: dict[str, Any] = {"step": as_scalar("step", saved.step)}
         wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
         for part in _MOMENTS:
-            empty = torch.empty(tensor.shape)  # a param without elements has no fragments
-            state[part] = shaped.get(part, empty).to(wide)
+            # A param without elements has no fragments.
+            state[part] = shaped[part].to(wide) if shaped else torch.empty(tensor.shape, dtype=wide)
         if "remainder" in shaped:
             state["remainder"] = shaped["remainder"]
         else:
@@ -302,4 +298,5 @@ def _whole(state: dict[Any, Any], where: str) -> dict[int, dict[str, Tensor]]:
         found[id] = {part: entry[part] for part in (*_MOMENTS, "param")}
         if not all(tensor.is_floating_point() for tensor in found[id].values()):
             raise CheckpointError(f"{where}: param {id}: expected float tensors")
+        check_dense(found[id].items(), f"{where}: param {id}")
     return found

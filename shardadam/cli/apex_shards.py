@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from shardadam.checkpoint.errors import CheckpointError
-from shardadam.cli.masters import is_dense
 from shardadam.cli.plain_load import load_plain
+from shardadam.cli.tensors import is_dense
 
 _PARTS = {
     "exp_avg_shard": "exp_avg",
@@ -95,10 +95,12 @@ def is_rank(optim: object) -> bool:
     return isinstance(state, dict) and isinstance(state.get("buckets"), list)
 
 
-def put_together(ranks: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[int, dict[str, Tensor]]:
+def put_together(
+    ranks: Iterable[tuple[str, Mapping[str, Any]]], path: str
+) -> dict[int, dict[str, Tensor]]:
     """The flat parts of every param that has state: "exp_avg", …, "param" or "remainder".
 
-    ``ranks``: each with what errors call it.
+    ``ranks``: each with what errors call it; ``path``: what they call all of them.
 
     Raises:
         CheckpointError: elements are missing, come twice, or are not where they should be.
@@ -119,24 +121,24 @@ def put_together(ranks: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[int, di
                 raise CheckpointError(f"{here}: expected {numels[id]} elements, found {numel}")
             found = (_piece(fragment, state["buckets"], here) for fragment in fragments)
             pieces.setdefault(id, []).extend(piece for piece in found if piece is not None)
-    return {id: _whole(id, numel, pieces[id]) for id, numel in numels.items()}
+    return {id: _whole(f"{path}: param {id}", numel, pieces[id]) for id, numel in numels.items()}
 
 
-def _whole(id: int, numel: int, pieces: list[_Piece]) -> dict[str, Tensor]:
+def _whole(where: str, numel: int, pieces: list[_Piece]) -> dict[str, Tensor]:
     """The parts of a param, of which every element is there once."""
     pieces = sorted(pieces, key=lambda piece: piece[0])
     position = 0
     for start, parts in [*pieces, (numel, {})]:
         if start != position:
-            wrong = f"miss {start - position}" if start > position else "twice some"
+            wrong = f"none of {position} to {start - 1}" if start > position else f"{start} twice"
             raise CheckpointError(
-                f"param {id}: expected each of its {numel} elements once, found {wrong} from "
-                f"{min(start, position)}: expected all ranks' files, each once"
+                f"{where}: expected each of its {numel} elements once, as in all ranks' files "
+                f"together, found {wrong}"
             )
         position = start + (parts["exp_avg"].numel() if parts else 0)
     kinds = {tuple((name, tensor.dtype) for name, tensor in parts.items()) for _, parts in pieces}
     if len(kinds) > 1:
-        raise CheckpointError(f"param {id}: expected the same state in the same dtype throughout")
+        raise CheckpointError(f"{where}: expected the same state in the same dtype throughout")
     names = [name for kind in kinds for name, _ in kind]
     return {name: torch.cat([parts[name] for _, parts in pieces]) for name in names}
 
@@ -166,7 +168,8 @@ def _piece(fragment: object, buckets: list[Any], where: str) -> _Piece | None:
         if not is_dense(shard) or shard.dim() != 1 or last > shard.numel():
             raise CheckpointError(f"{where}: expected a 1-D {name} of {last} or more elements")
         if shard.dtype not in _DTYPES[part == "remainder"]:
-            raise CheckpointError(f"{where}: {name}: found {shard.dtype}")
+            kind = "int16" if part == "remainder" else "fp32, fp16 or bf16"
+            raise CheckpointError(f"{where}: {name}: expected {kind}, found {shard.dtype}")
         parts[part] = shard[first:last]
     return start, parts
 

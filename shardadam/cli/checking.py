@@ -18,7 +18,8 @@ def check(path: Path) -> int:
     paths = all_of_ours(path)
     if not paths:
         raise CheckpointError(
-            f"{path}: expected a checkpoint of shardadam.checkpoint, which have digests, found none"
+            f"{path}: expected a checkpoint of shardadam.checkpoint, as only those have digests, "
+            f"found {'another' if path.exists() else 'nothing'}"
         )
     code = WHOLE
     for each in paths:

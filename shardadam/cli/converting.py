@@ -43,6 +43,7 @@ def convert(
         state = _READ[found.format](found.path)
     notes = state.notes
     if optimizer is not None:
+        _check_optimizer(optimizer, state, source)
         state.optimizer = optimizer
     elif state.optimizer is None and state.groups:
         state.optimizer = "AdamW"
@@ -94,6 +95,16 @@ def _write(temporary: Path, to: Format, state: RunState, step: int) -> Path:
     else:
         torchfile.write(temporary, state)
     return temporary
+
+
+def _check_optimizer(optimizer: str, state: RunState, source: Path) -> None:
+    """Refuse what would start a product anew that has run for many steps, or leave it out."""
+    for name, entry in state.state.items():
+        if ("mu_product" in entry) != (optimizer == "NAdam"):
+            raise CheckpointError(
+                f"{source}: {name}: expected the state of {optimizer}, found "
+                f"{'a' if 'mu_product' in entry else 'no'} mu_product, which NAdam alone has"
+            )
 
 
 def _refuse_existing(target: Path) -> None:

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from shardadam.checkpoint.errors import CheckpointError
 from shardadam.cli.deepspeed_files import Files, load, plain_state, sound
-from shardadam.cli.run_state import SCALARS, Group, RunState, as_scalar, number_of, optimizer_of
+from shardadam.cli.run_state import (
+    SCALARS,
+    TORCH_OPTIONS,
+    Group,
+    RunState,
+    as_scalar,
+    number_of,
+    optimizer_of,
+)
 from shardadam.kernels.reference import split_master
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -30,15 +38,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NOT_ADAM = ("max_coeff", "min_coeff", "momentum", "nesterov", "moe", "use_muon")
 """Of param groups: LAMB's, SGD's, a mixture of experts', Muon's."""
 _DROPPED = ("params", "param_names", "step", "bias_correction", "max_grad_norm", *_NOT_ADAM)
-_DEFAULTS: dict[str, object] = {
-    "amsgrad": False,
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-}
-"""What DeepSpeed's own classes lack."""
 _KNOWN = {
     *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes"),
     *("shared_params", "frozen_param_fragments", "skipped_steps", "global_steps"),
@@ -222,7 +221,7 @@ def _run_state(files: Files) -> RunState:
             numbers = {name: as_scalar(name, number) for name, number in scalars.items()}
             found.state[place.name] = {**numbers, **own, **masters}
         options = {k: v for k, v in group.options.items() if k not in _DROPPED}
-        found.groups.append(Group(group.given_names(), {**_DEFAULTS, **options}))
+        found.groups.append(Group(group.given_names(), {**TORCH_OPTIONS, **options}))
     for name, first in found.tied.items():
         found.model[name] = found.model[first]
     found.optimizer = optimizer_of(found.groups, found.state) or configured

@@ -10,6 +10,7 @@ stand-ins for those, which hold what the file says of them and do nothing.
 
 import contextlib
 import re
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from shardadam.checkpoint.errors import CheckpointError
 from shardadam.cli.plain_load import load_plain
+from shardadam.cli.tensors import check_dense, check_model
 
 _MODEL = "mp_rank_00_model_states.pt"
 _OPTIM = re.compile(r"((?:bf16_|fp16_)?)zero_pp_rank_(\d{1,9})_mp_rank_00_optim_states\.pt")
@@ -32,6 +34,8 @@ _OTHERS = (
 """By the names of files: what else DeepSpeed writes."""
 _EQUAL = ("zero_stage", "partition_count", "ds_version", "param_alignment_paddings")
 """What every rank says alike."""
+_MOST = 10**6
+"""Values of those, in all."""
 
 
 class _Inert:
@@ -144,11 +148,7 @@ def _check_model(model: dict[str, Any], where: str) -> None:
     if sizes != [1] * len(sizes):
         raise CheckpointError(f"{where}: expected no model or pipeline parallelism, found {sizes}")
     module, shapes = model.get("module"), model.get("param_shapes")
-    if not (
-        isinstance(module, dict)
-        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in module.items())
-    ):
-        raise CheckpointError(f'{where}: expected "module" to be a dict of tensors')
+    module = check_model(module, f"{where}: module")
     if not (
         isinstance(shapes, list)
         and shapes
@@ -189,6 +189,7 @@ def _check_rank(saved: dict[str, Any], where: str) -> None:
         and all(isinstance(tensor, Tensor) for tensor in masters)
     ):
         raise CheckpointError(f"{where}: expected single_partition_of_fp32_groups, {count} tensors")
+    check_dense(enumerate(masters), f"{where}: masters")
     paddings = saved.get("group_paddings")
     if not (
         isinstance(paddings, list)
@@ -206,7 +207,7 @@ def _check_all(path: Path, matches: list[re.Match[str]], ranks: list[dict[str, A
     size = counts[0] if counts else None
     if not isinstance(size, int) or any(count != size for count in counts):
         raise CheckpointError(f"{path}: expected one number of ranks, found {counts}"[:300])
-    if numbers != list(range(size)) or len(prefixes) != 1:
+    if len(numbers) != size or numbers != list(range(len(numbers))) or len(prefixes) != 1:
         raise CheckpointError(
             f"{path}: expected the optim_states.pt of ranks 0 to {size - 1}, found those of "
             f"{', '.join(match[1] + match[2] for match in matches)}"[:300]
@@ -217,17 +218,25 @@ def _check_all(path: Path, matches: list[re.Match[str]], ranks: list[dict[str, A
         for key, (found, expected) in {**pairs, "param_groups": (groups, first)}.items():
             if not _plain(found) or found != expected:
                 raise CheckpointError(
-                    f"{path}/{match[0]}: expected {key} as rank 0 has it: {expected!r:.80}, "
-                    f"found {found!r:.80}"
+                    f"{path}/{match[0]}: expected {key} as rank 0 has it: "
+                    f"{reprlib.repr(expected):.80}, found {reprlib.repr(found):.80}"
                 )
 
 
 def _plain(value: object) -> bool:
     """Whether it is made of numbers and text, and can be compared."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) for key in value) and all(map(_plain, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_plain, value))
-    if isinstance(value, Tensor):
-        return value.numel() == 1
-    return value is None or isinstance(value, bool | int | float | str)
+    # A pickle can hold one list at many places, and so be endless to those who follow all of them.
+    rest, seen = [value], 0
+    while rest and seen < _MOST:
+        each, seen = rest.pop(), seen + 1
+        if isinstance(each, dict) and all(isinstance(key, str) for key in each):
+            rest += each.values()
+        elif isinstance(each, list | tuple):
+            rest += each
+        elif not (
+            each is None
+            or isinstance(each, bool | int | float | str)
+            or (isinstance(each, Tensor) and each.numel() == 1)
+        ):
+            return False
+    return not rest

@@ -1,6 +1,7 @@
 """`inspect`: what a checkpoint holds."""
 
 import math
+import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -207,6 +208,8 @@ def _options(options: Mapping[str, Any]) -> str:
     for key, value in options.items():
         if isinstance(value, dict) and len(value) == 1:  # what JSON lacks, see `plain`
             (value,) = value.values()
+        if isinstance(value, dict | list | tuple):
+            value = reprlib.repr(value)  # short, however many values a file puts in there
         if value is not None and value is not False:
             shown.append(f"{key} {value}")
     return ", ".join(shown)

@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--optimizer",
         choices=["Adam", "AdamW", "NAdam"],
-        help="to ours: the class whose state it is, where it can't be told",
+        help="the class whose state it is, where it can't be told",
     )
     convert.add_argument(
         "--model",

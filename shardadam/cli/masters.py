@@ -1,7 +1,5 @@
 """Others' master weights in our form: what belongs to which param, and is it exact?"""
 
-from typing import TypeGuard
-
 import torch
 from torch import Tensor
 
@@ -10,16 +8,6 @@ from shardadam.kernels.reference import split_master
 
 PARAMS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that a param with a master can have."""
-
-
-def is_dense(value: object) -> TypeGuard[Tensor]:
-    """Whether it is a tensor whose elements are all here."""
-    return (
-        isinstance(value, Tensor)
-        and value.layout is torch.strided
-        and value.device.type == "cpu"
-        and not value.is_quantized
-    )
 
 
 def near(param: Tensor, master: Tensor) -> bool:

@@ -40,8 +40,9 @@ def load_plain(
     except Exception as error:  # whatever the bytes provoke
         # torch's own text recommends weights_only=False.
         named = _NAMED.search(str(error))
-        reason = f"it names {named[1]}" if named else f"{type(error).__name__}"
+        unread = f"torch.load can't read it ({type(error).__name__})"
+        reason = f"it names {named[1]}" if named else unread
         raise CheckpointError(
-            f"{where}: expected tensors and plain values, as torch.load(weights_only=True) takes "
-            f"them: {reason[:200]}"
+            f"{where}: expected tensors and plain values alone, as torch.save writes them: "
+            f"{reason[:200]}"
         ) from error

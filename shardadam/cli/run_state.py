@@ -11,6 +11,11 @@ from shardadam.checkpoint.errors import CheckpointError
 
 SCALARS = ("step", "mu_product")
 """State of one number, for every param."""
+TORCH_OPTIONS: dict[str, object] = {
+    **dict.fromkeys(("amsgrad", "maximize", "capturable", "differentiable"), False),
+    **dict.fromkeys(("foreach", "fused")),
+}
+"""Of torch's groups, and not of others': torch.distributed.checkpoint misses what is not there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from shardadam.checkpoint.errors import CheckpointError
 from shardadam.cli.plain_load import load_plain
 from shardadam.cli.run_state import RunState, groups_by, optimizer_of
+from shardadam.cli.tensors import check_dense, check_model
 from shardadam.shard_tensor import ShardTensor
 
 
@@ -34,17 +35,21 @@ def load(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any], list[str]]:
         raise CheckpointError(
             f'{path}: expected {{"model": …, "optim": …}}, or an optimizer\'s state dict'
         )
-    if not (
-        model is None
-        or (isinstance(model, dict) and all(isinstance(v, Tensor) for v in model.values()))
-    ):
-        raise CheckpointError(f'{path}: expected "model" to be a dict of tensors')
+    if model is not None:
+        model = check_model(model, str(path))
     for key, entry in optim["state"].items():
         if any(isinstance(tensor, ShardTensor) for tensor in entry.values()):
             raise CheckpointError(
                 f"{path}: param {key}: this is one rank's part, expected the whole, which "
                 "consolidate_state_dict() returns"
             )
+    tensors = [
+        (f"param {key}: {name}", value)
+        for key, entry in optim["state"].items()
+        for name, value in entry.items()
+        if isinstance(value, Tensor)
+    ]
+    check_dense(tensors, str(path))
     return model, optim, rest
 
 
@@ -69,7 +74,10 @@ def names_of(model: dict[str, Any] | None, optim: dict[str, Any], path: Path) ->
     if len(groups) == 1 and model is not None and len(ids) == len(model):
         pairs = list(zip(ids, model.items(), strict=True))
         moments = [optim["state"].get(id, {}).get("exp_avg", tensor) for id, (_, tensor) in pairs]
-        if all(m.shape == t.shape for m, (_, (_, t)) in zip(moments, pairs, strict=True)):
+        if all(
+            isinstance(moment, Tensor) and moment.shape == tensor.shape
+            for moment, (_, (_, tensor)) in zip(moments, pairs, strict=True)
+        ):
             return {id: name for id, (name, _) in pairs}
     raise CheckpointError(
         f"{path}: expected param_names in its param_groups, or one group of all the model's "
