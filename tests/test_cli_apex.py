@@ -207,7 +207,7 @@ def test_any_shards_go_together(sizes, world_size, shard_size, alignment, data):
     ranks = v1_ranks(params, everything, [{}], 1, world_size, shard_size, alignment)
     opened = apex_shards.opened(gathered(ranks)["gathered_states"], "file")
     order = data.draw(st.permutations(range(world_size)))
-    found = apex_shards.put_together([(f"rank {rank}", opened[rank]) for rank in order])
+    found = apex_shards.put_together([(f"rank {rank}", opened[rank]) for rank in order], "f")
     assert set(found) == set(range(len(sizes)))
     for id, trained in enumerate(params):
         names = {"exp_avg", "exp_avg_sq"} | ({"param"} if trained.keeps else set())

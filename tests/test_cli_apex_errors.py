@@ -25,7 +25,8 @@ def broken_shards(ranks: list[dict], change: Callable[[list], object]) -> str:
                 for rank, own in enumerate(
                     apex_shards.opened(gathered(ranks)["gathered_states"], "f")
                 )
-            ]
+            ],
+            "f",
         )
     except checkpoint.CheckpointError as error:
         return str(error)
@@ -59,7 +60,9 @@ def test_what_is_not_whole_is_refused(tmp_path, capsys):
         "elements, found": set_to(fragment, "shard_range", (0, 0)),
         "expected a 1-D exp_avg_shard": set_to(bucket, "exp_avg_shard", torch.zeros(3)),
         "expected a 1-D exp_avg_sq_shard": set_to(bucket, "exp_avg_sq_shard", None),
-        "param_remainders_shard: found": set_to(bucket, "param_remainders_shard", torch.ones(64)),
+        "param_remainders_shard: expected int16": set_to(
+            bucket, "param_remainders_shard", torch.ones(64)
+        ),
         "the same state": set_to(bucket, "param_remainders_shard", None),
         "expected fragments": lambda ranks: ranks[0]["state"].update({1: {}}),
         "expected a ParameterFragment": lambda ranks: ranks[0]["state"].update(

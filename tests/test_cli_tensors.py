@@ -1,5 +1,6 @@
 """Files of others that promise more than they hold: what is refused before it is in memory."""
 
+import errno
 import re
 import warnings
 from collections.abc import Callable
@@ -160,3 +161,14 @@ def test_of_deepspeed(tmp_path, capsys):
     model["module"]["buffer"] = torch.zeros(1).expand(HUGE)
     written()
     assert "bytes in expanded tensors" in refused(capsys, "inspect", tmp_path)
+
+
+def test_what_cannot_be_written_is_called_by_its_name(tmp_path, capsys, monkeypatch):
+    def full(path, *_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(torchfile, "write", full)
+    saved(tmp_path / "file")
+    run(capsys, "convert", tmp_path / "file", tmp_path / "ours", "--to", "ours")
+    error = refused(capsys, "convert", tmp_path / "ours", tmp_path / "new", "--to", "torch")
+    assert f"{tmp_path / 'new'}: No space left" in error

@@ -19,7 +19,7 @@ def check(path: Path) -> int:
     if not paths:
         raise CheckpointError(
             f"{path}: expected a checkpoint of shardadam.checkpoint, as only those have digests, "
-            f"found {'another' if path.exists() else 'nothing'}"
+            f"found {'none' if path.exists() else 'nothing'}"
         )
     code = WHOLE
     for each in paths:

@@ -64,6 +64,10 @@ def convert(
         _refuse_existing(target)
         os.rename(written, target)
         folders.sync(target.parent)
+    except OSError as error:
+        if error.filename is not None:  # in the words of whoever asked
+            error.filename = str(error.filename).replace(temporary.name, target.name)
+        raise
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
