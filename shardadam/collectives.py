@@ -36,7 +36,9 @@ class Communicator:
 
     Attributes: ``rank`` and ``world_size`` within the group, ``backend`` its name ("none" when
     alone), ``device`` of the tensors, ``ordinal`` a number that no other optimizer of these ranks
-    has, agreed on at construction.
+    has, agreed on at construction, ``sent_bytes`` what this rank has sent so far, by what it was
+    doing: payload, and what a tree or ring sends on average over the ranks. Descriptions, which
+    only errors need, are not counted.
     """
 
     _last_ordinal = 0
@@ -54,6 +56,7 @@ class Communicator:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self._divisors: dict[torch.dtype, Tensor] = {}
         self._held: dict[str, Sequence[Tensor]] = {}
+        self.sent_bytes: dict[str, int] = {}
         Communicator._alive.add(self)
         self._stream: Any = None
         if process_group is None and not (dist.is_available() and dist.is_initialized()):
@@ -106,7 +109,7 @@ class Communicator:
         if self.world_size == 1:
             return list(words), list(words)
         both = torch.tensor([*words, *(-word for word in words)], device=self._host_device)
-        with self._says("agreeing on what comes next", both):
+        with self._says("agreeing on what comes next", both, sends=2 * self._others(both)):
             dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self._host_group)
         values = both.tolist()
         return [-value for value in values[len(words) :]], values[: len(words)]
@@ -116,9 +119,14 @@ class Communicator:
         if self.world_size == 1:
             return list(flags)
         tensor = torch.tensor(flags, dtype=torch.uint8, device=self._host_device)
-        with self._says("exchanging which params have gradients", tensor):
+        sends = 2 * self._others(tensor)
+        with self._says("exchanging which params have gradients", tensor, sends=sends):
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._host_group)
         return [bool(flag) for flag in tensor.tolist()]
+
+    def _others(self, tensor: Tensor) -> int:
+        """Bytes of ``tensor`` but this rank's shard of it: what reducing or gathering it sends."""
+        return tensor.nbytes * (self.world_size - 1) // self.world_size
 
     def exchange(self, value: Any) -> list[Any]:
         """Every rank's small object, in the order of the ranks; for error reports only."""
@@ -135,12 +143,13 @@ class Communicator:
             return [data]
         own = torch.tensor([len(data)], device=self._host_device)
         lengths = [torch.empty_like(own) for _ in range(self.world_size)]
-        with self._says("exchanging bytes"):
+        with self._says("exchanging bytes", sends=own.nbytes * (self.world_size - 1)):
             dist.all_gather(lengths, own, group=self._host_group)
             longest = max(int(length) for length in lengths)
             padded = torch.frombuffer(bytearray(data.ljust(longest + 1)), dtype=torch.uint8)
             padded = padded.to(self._host_device)
             gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
+            self.sent_bytes["exchanging bytes"] += padded.nbytes * (self.world_size - 1)
             dist.all_gather(gathered, padded, group=self._host_group)
         _wait_until_released([own, padded, *lengths, *gathered])
         hosts = [tensor.cpu() for tensor in gathered]
@@ -184,23 +193,25 @@ class Communicator:
     def sum_exactly(self, words: Tensor) -> None:
         """Sum an int64 tensor over the ranks, in place."""
         if self.world_size > 1:
-            with self._says("summing the gradient norm", words):
+            with self._says("summing the gradient norm", words, sends=2 * self._others(words)):
                 dist.all_reduce(words, group=self.process_group)
 
     def minimum(self, tensor: Tensor) -> None:
         """Take the smallest over the ranks, in place."""
-        with self._says("agreeing on the loss scale", tensor):
+        sends = 2 * self._others(tensor)
+        with self._says("agreeing on the loss scale", tensor, sends=sends):
             dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.process_group)
 
     def maximum(self, tensor: Tensor) -> None:
         """Take the largest over the ranks, in place."""
-        with self._says("agreeing on whether to skip", tensor):
+        sends = 2 * self._others(tensor)
+        with self._says("agreeing on whether to skip", tensor, sends=sends):
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.process_group)
 
     def broadcast(self, tensor: Tensor) -> None:
         """Give every rank the first rank's tensor."""
         if self.world_size > 1 and tensor.numel():
-            with self._says("broadcasting the params"):
+            with self._says("broadcasting the params", sends=self._others(tensor)):
                 dist.broadcast(tensor, group=self.process_group, group_src=0)
 
     def buffer(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
@@ -225,14 +236,15 @@ class Communicator:
         """
         world_size = self.world_size
         if self.backend == "nccl" and world_size > 1 and flat.numel() and flat.dtype == mean.dtype:
-            with self._says("reduce-scattering gradients"):
+            with self._says("reduce-scattering gradients", sends=self._others(flat)):
                 _reduce_scatter()(mean, flat, group=self.process_group)
             mean.div_(self._divisor(mean.dtype))
             return
         shards = flat
         if world_size > 1 and flat.numel():
             shards = self.buffer("received", flat.numel(), flat.dtype)
-            with self._says("reduce-scattering gradients", shards, flat):
+            sends = self._others(flat)
+            with self._says("reduce-scattering gradients", shards, flat, sends=sends):
                 dist.all_to_all_single(shards, flat, group=self.process_group)
         first, *others = _shards(shards, world_size)
         mean.copy_(first)
@@ -257,7 +269,9 @@ class Communicator:
             return
         flats = [flat for flat in flats if flat.numel()]
         shards = [_shards(flat, self.world_size) for flat in flats]
-        with self._says("all-gathering params", *itertools.chain.from_iterable(shards)):
+        sends = sum(map(self._others, flats))
+        in_flight = itertools.chain.from_iterable(shards)
+        with self._says("all-gathering params", *in_flight, sends=sends):
             if self.backend == "nccl":
                 self._all_gather_coalesced(flats)
                 return
@@ -309,18 +323,21 @@ class Communicator:
                 operations.append(dist.P2POp(dist.isend, shard, None, group, 0, to))
         operations = [operation for operation in operations if operation.tensor.numel()]
         if operations:
-            with self._says("gathering the state"):
+            sends = 0 if self.rank == to else sum(shard.nbytes for shard in shards)
+            with self._says("gathering the state", sends=sends):
                 for work in dist.batch_isend_irecv(operations):
                     work.wait()
         return [flat.cpu() for flat in flats]
 
     @contextlib.contextmanager
-    def _says(self, doing: str, *tensors: Tensor) -> Iterator[None]:
+    def _says(self, doing: str, *tensors: Tensor, sends: int = 0) -> Iterator[None]:
         """Adds to torch.distributed's error what this optimizer was doing with ``tensors``.
 
-        They are kept until it does the same again, see [Note: tensors in flight].
+        They are kept until it does the same again, see [Note: tensors in flight]. ``sends`` are
+        the bytes for `sent_bytes`.
         """
         self._held[doing] = tensors
+        self.sent_bytes[doing] = self.sent_bytes.get(doing, 0) + sends
         try:
             yield
         except RuntimeError as error:

@@ -1,0 +1,1 @@
+"""Ours beside its peers: the same model, data and ranks, each in processes of its own."""
