@@ -13,6 +13,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 CSRC := $(wildcard shardadam/csrc/*.h shardadam/csrc/*.cpp shardadam/csrc/*.cu)
 READY := .venv/shardadam.stamp
+PEERS := .venv/peers.stamp
 
 # Where there is a compiler, C++ that doesn't compile is an error and not a slower install.
 SHARDADAM_REQUIRE_TWIN ?= $(if $(shell command -v $${CXX:-c++}),1,0)
@@ -24,11 +25,11 @@ CORES = $(shell { lscpu -p=Core,Socket | grep '^[0-9]' | sort -u | wc -l; nproc;
 	sysctl -n hw.physicalcpu; } 2>/dev/null | sort -n | awk '$$1 > 0 { print $$1; exit }')
 THREADS = $(shell echo $$(($(CORES) > $(RANKS) ? $(CORES) / $(RANKS) : 1)))
 
-.PHONY: help setup demo test check bench format clean
+.PHONY: help setup demo test check bench bench-parts format clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets (the default)
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "PYTHON=python3.12         the interpreter that .venv is made with"
 	@echo "TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'"
@@ -67,7 +68,15 @@ check: $(READY) ## lint, formatting, types, and files under 400 lines
 		xargs wc -l | awk '$$1 > 400 && $$2 != "total" { bad = 1; print $$2 ": " $$1 \
 		" lines; over 400, it wants to be two files" } END { exit bad }'
 
-bench: $(READY) ## time the CPU kernel, many small params, the collectives, consolidation, checkpoints
+$(PEERS): $(READY)
+	@echo "==> installing DeepSpeed and matplotlib, to measure against and to draw"
+	@$(PIP) install --editable '.[bench]'
+	@touch $@
+
+bench: $(PEERS) ## train beside DDP, ZeRO, FSDP2 and DeepSpeed; ARGS=--quick takes two minutes
+	$(BIN)/python benchmarks/peers.py $(ARGS)
+
+bench-parts: $(READY) ## time the CPU kernel, many small params, collectives, consolidation, checkpoints
 	$(BIN)/python benchmarks/cpu_kernel.py
 	$(BIN)/python benchmarks/small_params.py
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) benchmarks/collectives.py

@@ -10,6 +10,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ DEFAULT = (
     Setting(LINK_MODEL, 2, "fp32", (c.LOCAL, c.DDP, *MAIN[-2:]), link=LINK, rows=LINK_ROWS),
 )
 QUICK = (
-    Setting("mlp-2M", 2, "fp32", (c.DDP, c.ZERO, c.FSDP2, c.OURS, c.OURS_ZERO2)),
+    Setting("mlp-2M", 2, "fp32", MAIN),
     Setting("small-300", 1, "fp32", ALONE),
 )
 
@@ -55,7 +56,7 @@ def main() -> None:
         print("contenders:", *(f"  {name}" for name in c.CONTENDERS), sep="\n")
         return
     torch.set_num_threads(args.threads)  # for the stamp
-    where = f"{stamp()}; {args.threads} thread{'s' * (args.threads > 1)} per rank"
+    where = f"{stamp()}, {_deepspeed()}; {args.threads} thread{'s' * (args.threads > 1)} per rank"
     args.out.mkdir(parents=True, exist_ok=True)
     written = Table(args.out / "peers.csv", where)
     settings = _settings(args)
@@ -136,6 +137,13 @@ def _can(what: str, places: object) -> bool:
     except Unavailable as error:
         print(f"no {what}: {error}")
         return False
+
+
+def _deepspeed() -> str:
+    try:
+        return f"DeepSpeed {version('deepspeed')}"
+    except PackageNotFoundError:
+        return "no DeepSpeed"
 
 
 def _draw(folder: Path, setting: Setting, where: str, rows: Sequence[Row]) -> None:
