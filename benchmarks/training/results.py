@@ -55,7 +55,7 @@ def row_of(outcome: Outcome) -> Row:
         _worst(rounds, lambda one: one.training_peak_rss_bytes),
         _worst(rounds, lambda one: one.state_bytes),
         first.params,
-        None if None in devices else statistics.fmean(filter(None, devices)) if any(devices) else 0,
+        None if None in devices else statistics.fmean(devices),
         {
             name: statistics.fmean(one.sent[name] for ranks in rounds for one in ranks)
             for name in first.sent

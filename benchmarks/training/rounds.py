@@ -60,14 +60,11 @@ class Outcome:
     failure: str | None = None
 
 
-def prepare(names: Sequence[str]) -> Iterator[str]:
-    """Have built what is built on first use; yields what is being done."""
-    for work in dict.fromkeys(CONTENDERS[name].prepare for name in names):
-        if work and not any(
-            CONTENDERS[n].missing() for n in names if CONTENDERS[n].prepare == work
-        ):
-            yield "DeepSpeed builds what it needs (a minute or two the first time)"
-            # What fails here fails in the contender too, which reports it.
+def prepare(names: Sequence[str]) -> None:
+    """Have built what is built on first use; what fails here fails in the contender too."""
+    wanted = [CONTENDERS[name] for name in names]
+    for work in dict.fromkeys(one.prepare for one in wanted if not one.missing()):
+        if work:
             command = [sys.executable, "-c", work]
             subprocess.run(command, env=_environment(), capture_output=True, check=False)
 
