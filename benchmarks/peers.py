@@ -81,8 +81,8 @@ def main() -> None:
         ordered = [outcomes[name] for name in setting.contenders]
         rows = [row_of(outcome) for outcome in ordered if not outcome.failure]
         failures = [outcome for outcome in ordered if outcome.failure]
-        print(table(rows, failures, shaped=bool(setting.link)))
-        for line in unlike(rows):
+        print(table(setting, rows, failures))
+        for line in unlike(setting, rows):
             print(f"\nnot the same training: {line}")
         reached = list(found(setting, rows))
         goals += reached

@@ -49,6 +49,8 @@ class Contender:
     build: Callable[[nn.Module, Units, torch.dtype], Training]
     needs: str | None = None
     prepare: str | None = None
+    masters: bool = True
+    """16-bit params have fp32 masters; without them small updates are lost."""
 
     def missing(self) -> str | None:
         """Why it can't run here."""
@@ -100,7 +102,7 @@ def _ours_zero2(model: nn.Module, units: Units, dtype: torch.dtype) -> Training:
     return Sharded(model, shardadam.AdamW(model.parameters(), lr=LR, shard_grads=True))
 
 
-# ---- torch's; in bf16 the first three have no master weights -----------------------------------
+# ---- torch's ----------------------------------------------------------------------------------
 
 LOCAL, DDP, ZERO = (
     "AdamW(fused), no exchange",
@@ -110,13 +112,13 @@ LOCAL, DDP, ZERO = (
 FSDP2 = "FSDP2 + AdamW(fused)"
 
 
-@contender(LOCAL)
+@contender(LOCAL, masters=False)
 def _local(model: nn.Module, units: Units, dtype: torch.dtype) -> Training:
     model.to(dtype)
     return Training(model, torch.optim.AdamW(model.parameters(), lr=LR, fused=True))
 
 
-@contender(DDP)
+@contender(DDP, masters=False)
 def _ddp(model: nn.Module, units: Units, dtype: torch.dtype) -> Training:
     wrapped = nn.parallel.DistributedDataParallel(model.to(dtype))
     return Training(wrapped, torch.optim.AdamW(wrapped.parameters(), lr=LR, fused=True))
@@ -129,7 +131,7 @@ class ZeroRedundancy(Training):
         return Training(self.module, self.optimizer.optim).state()
 
 
-@contender(ZERO)
+@contender(ZERO, masters=False)
 def _zero(model: nn.Module, units: Units, dtype: torch.dtype) -> Training:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 

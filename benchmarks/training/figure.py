@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from training.contenders import OURS
+from training.report import label
 from training.results import Row, Spread
 from training.rounds import Setting
 
@@ -31,7 +32,7 @@ def draw(file: Path, setting: Setting, stamp: str, rows: Sequence[Row]) -> str |
     }
     if setting.world_size > 1 and rows[0].device_bytes is not None:
         figures["wire, MB per step and rank"] = lambda row: (row.device_bytes or 0) / 1e6
-    names = [row.contender for row in rows]
+    names = [label(setting, row) for row in rows]
     colors = [OUR_COLOR if name.startswith(OURS) else PEER_COLOR for name in names]
     figure, panels = pyplot.subplots(
         2, 3, figsize=(13, 2.2 + 0.5 * len(rows)), sharey=True, squeeze=False

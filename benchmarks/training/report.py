@@ -5,23 +5,23 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.contenders import LOCAL
+from training.contenders import CONTENDERS, LOCAL
 from training.goals import Found
 from training.results import Row
 from training.rounds import Outcome, Setting
 
 
-def table(rows: Sequence[Row], failures: Sequence[Outcome], shaped: bool) -> str:
+def table(setting: Setting, rows: Sequence[Row], failures: Sequence[Outcome]) -> str:
     """A line for each contender; ratios are to the first line's."""
     heads = ["", "iteration ms", "×", "CPU-ms", "×", "step ms", "step CPU-ms"]
     heads += ["peak RSS MB", "state MB", "wire MB"]
-    local = next((row for row in rows if row.contender == LOCAL), None) if shaped else None
+    local = next((row for row in rows if row.contender == LOCAL), None) if setting.link else None
     if local:
         heads.append("exposed ms")
     lines = [_line(heads), "|---" * len(heads) + "|"]
     for row in rows:
         cells = [
-            row.contender,
+            label(setting, row),
             str(row.wall),
             f"{row.wall.middle / rows[0].wall.middle:.2f}",
             str(row.cpu),
@@ -49,14 +49,28 @@ def verdicts(found: Sequence[Found]) -> str:
     return "\n".join(lines)
 
 
-def unlike(rows: Sequence[Row]) -> list[str]:
-    """The contenders that did not train as the first did: what they took is not to be compared."""
+def unlike(setting: Setting, rows: Sequence[Row]) -> list[str]:
+    """Who did not train as the others did: what it took is not to be compared.
+
+    Who has no masters loses updates in bf16, and is said to have none.
+    """
+    alike = [row for row in rows if row.contender != LOCAL and keeps_updates(setting, row)]
     return [
-        f"{row.contender}: loss {row.loss:.5f}, expected {rows[0].loss:.5f} as "
-        f"{rows[0].contender}'s"
-        for row in rows
-        if row.contender != LOCAL and not abs(row.loss / rows[0].loss - 1) < 0.01
+        f"{row.contender}: loss {row.loss:.5f}, expected {alike[0].loss:.5f} as "
+        f"{alike[0].contender}'s"
+        for row in alike
+        if not abs(row.loss / alike[0].loss - 1) < 0.01
     ]
+
+
+def keeps_updates(setting: Setting, row: Row) -> bool:
+    """Whether its params are fp32, or have masters that are."""
+    return setting.dtype == "fp32" or CONTENDERS[row.contender].masters
+
+
+def label(setting: Setting, row: Row) -> str:
+    """The contender, and what it lacks."""
+    return row.contender + ", no masters" * (not keeps_updates(setting, row))
 
 
 class Table:
