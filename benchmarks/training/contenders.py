@@ -50,7 +50,7 @@ class Contender:
     needs: str | None = None
     prepare: str | None = None
     masters: bool = True
-    """16-bit params have fp32 masters; without them small updates are lost."""
+    """16-bit params have fp32 masters; without them every update is rounded to 16 bits."""
 
     def missing(self) -> str | None:
         """Why it can't run here."""

@@ -52,7 +52,7 @@ def verdicts(found: Sequence[Found]) -> str:
 def unlike(setting: Setting, rows: Sequence[Row]) -> list[str]:
     """Who did not train as the others did: what it took is not to be compared.
 
-    Who has no masters loses updates in bf16, and is said to have none.
+    Who has no masters rounds every update to bf16: another training, and said to be one.
     """
     alike = [row for row in rows if row.contender != LOCAL and keeps_updates(setting, row)]
     return [
