@@ -4,11 +4,15 @@ import pytest
 import torch
 
 from kernel_runs import (
+    BF16,
     FORMATS,
+    FP16,
     FP32,
     FP64,
+    SPECIAL,
     VARIANTS,
     assert_same_bits,
+    bits,
     coefficients,
     copy,
     make_run,
@@ -68,3 +72,29 @@ def test_an_unknown_combination_changes_nothing(twin):
     with pytest.raises(ValueError, match=r"no kernel for torch\.float32 params with no master and"):
         twin.update([good, bad])
     assert_same_bits(good, before)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP64, BF16, FP16], ids=str)
+def test_means_equal_reference(dtype, twin):
+    generator = torch.Generator().manual_seed(0)
+    special = torch.tensor(SPECIAL, dtype=FP64)
+    for numel in [*range(40), 511, 512, 513, 5_003, 150_001]:
+        for ranks in range(1, 9) if numel < 10_000 else (2, 3):
+            start = (numel + ranks) % 5  # also where no vector is aligned
+            shards = torch.randn(ranks, start + numel, generator=generator, dtype=FP64)
+            shards *= 10.0 ** torch.randint(-8, 39, shards.shape, generator=generator)
+            chosen = torch.rand(shards.shape, generator=generator) < 0.2
+            which = torch.randint(len(SPECIAL), shards.shape, generator=generator)
+            shards = torch.where(chosen, special[which], shards).to(dtype)
+            expected, found, threaded = torch.full(
+                (3, start + numel + 3), -1.0, dtype=torch.promote_types(dtype, FP32)
+            )
+            given = [shard[start:] for shard in shards]
+            reference.mean(given, expected[start : start + numel])
+            twin.mean(given, found[start : start + numel])
+            torch.set_num_threads(2)
+            twin.mean(given, threaded[start : start + numel])
+            torch.set_num_threads(1)
+            # The slices' neighbours too.
+            assert torch.equal(bits(found), bits(expected))
+            assert torch.equal(bits(threaded), bits(expected))

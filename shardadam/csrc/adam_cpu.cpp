@@ -254,11 +254,42 @@ SumSquares pick_sum(int32_t grad_format) {
   }
 }
 
+// Tile by tile, so that every shard is read from memory once and the sum waits in the cache.
+template <class Grad, class Sum>
+void mean(const void* const* shards, int64_t ranks, void* all_out, int64_t begin, int64_t end) {
+  constexpr int64_t kTile = 512;
+  const Sum divisor = Sum(ranks);
+  for (int64_t start = begin; start < end; start += kTile) {
+    const int64_t count = end - start < kTile ? end - start : kTile;
+    Sum* __restrict out = static_cast<Sum*>(all_out) + start;
+    Sum sum[kTile];
+    const Grad* __restrict first = static_cast<const Grad*>(shards[0]) + start;
+    prefetch<kTile>(first);
+    for (int64_t i = 0; i < count; ++i) sum[i] = decode(first[i]);
+    for (int64_t rank = 1; rank < ranks; ++rank) {
+      const Grad* __restrict other = static_cast<const Grad*>(shards[rank]) + start;
+      prefetch<kTile>(other);
+      for (int64_t i = 0; i < count; ++i) sum[i] = sum[i] + decode(other[i]);
+    }
+    for (int64_t i = 0; i < count; ++i) out[i] = sum[i] / divisor;
+  }
+}
+
+Mean pick_mean(int32_t grad_format) {
+  switch (grad_format) {
+    case kGradFloat32: return mean<float, float>;
+    case kGradFloat64: return mean<double, double>;
+    case kGradBf16: return mean<Bf16, float>;
+    case kGradFp16: return mean<Fp16, float>;
+    default: return nullptr;
+  }
+}
+
 }  // namespace SHARDADAM_ISA
 
 const Loops& CONCAT(loops_, SHARDADAM_ISA)() {
-  static const Loops loops{STRING(SHARDADAM_ISA), SHARDADAM_ISA::pick, SHARDADAM_ISA::pick_sum,
-                           SHARDADAM_ISA::split, SHARDADAM_ISA::join};
+  static const Loops loops{STRING(SHARDADAM_ISA),    SHARDADAM_ISA::pick,  SHARDADAM_ISA::pick_sum,
+                           SHARDADAM_ISA::pick_mean, SHARDADAM_ISA::split, SHARDADAM_ISA::join};
   return loops;
 }
 

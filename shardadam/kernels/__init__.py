@@ -58,6 +58,9 @@ class Backend(Protocol):
     def root(self, words: Tensor) -> Tensor:
         """The square root of an exact sum, a 0-dim float64 tensor on its device."""
 
+    def mean(self, shards: Sequence[Tensor], out: Tensor) -> None:
+        """Write the mean of the ranks' ``shards`` to ``out``, as `reference.mean`."""
+
 
 @dataclass(frozen=True)
 class _Reference:
@@ -78,6 +81,9 @@ class _Reference:
 
     def root(self, words: Tensor) -> Tensor:
         return torch.tensor(exact_sum.root(words), dtype=torch.float64, device=words.device)
+
+    def mean(self, shards: Sequence[Tensor], out: Tensor) -> None:
+        reference.mean(shards, out)
 
 
 def backend_for(device: torch.device) -> Backend:

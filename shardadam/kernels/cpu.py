@@ -3,8 +3,12 @@
 import ctypes
 import functools
 import importlib.metadata
+import itertools
+import operator
 import sys
+from array import array
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -12,10 +16,15 @@ from torch import Tensor
 
 from shardadam.kernels import exact_sum
 from shardadam.kernels.coefficients import Coefficients
-from shardadam.kernels.run import GRAD_FORMATS, Run
+from shardadam.kernels.run import GRAD_FORMATS, Run, state_dtype
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _FILE = "libshardadam_cpu.dylib" if sys.platform == "darwin" else "libshardadam_cpu.so"
+
+_address = torch._C.TensorBase.data_ptr
+_dtype, _grad = attrgetter("dtype"), attrgetter("grad")
+_coefficients, _prepared = attrgetter("coefficients"), attrgetter("prepared")
+_numbers = attrgetter(*Coefficients.__slots__)
 
 
 class _Coefficients(ctypes.Structure):
@@ -38,7 +47,7 @@ class _Run(ctypes.Structure):
 class _Prepared:
     """A `Run` as the library takes it: what stays, made once."""
 
-    __slots__ = ("address", "grad_dtype", "struct")
+    __slots__ = ("address", "batch", "grad_dtype", "struct")
 
     def __init__(self, run: Run) -> None:
         master, maximum = run.master, run.max_exp_avg_sq
@@ -54,6 +63,49 @@ class _Prepared:
             grad_format=GRAD_FORMATS.get(run.grad.dtype, -1),
         )
         self.address = ctypes.addressof(self.struct)
+        self.batch: _Batch | None = None
+
+
+class _Batch:
+    """Runs that are updated together: as long as they are the same, one list of addresses.
+
+    The first one's `_Prepared` keeps it. It knows the others', not the runs, so that no cycle keeps
+    tensors alive.
+    """
+
+    __slots__ = ("addresses", "grad_dtypes", "members")
+
+    def __init__(self, members: list[_Prepared]) -> None:
+        self.members = members
+        self.grad_dtypes = [member.grad_dtype for member in members]
+        self.addresses = array("Q", [member.address for member in members])
+
+
+def _batch_of(runs: Sequence[Run], grad_dtypes: list[torch.dtype]) -> _Batch:
+    prepared: list[_Prepared | None] = list(map(_prepared, runs))
+    batch = None if prepared[0] is None else prepared[0].batch
+    if batch is None or batch.members != prepared or batch.grad_dtypes != grad_dtypes:
+        for run in runs:
+            if run.prepared is None or run.prepared.grad_dtype is not run.grad.dtype:
+                run.prepared = _Prepared(run)
+        batch = runs[0].prepared.batch = _Batch([run.prepared for run in runs])
+    return batch
+
+
+def _addresses_of(coefficients: list[Coefficients]) -> tuple["array[int]", list[_Coefficients]]:
+    """Where the library finds each of ``coefficients``, and what is to be kept until it has."""
+    if all(map(operator.is_, coefficients, itertools.repeat(coefficients[0]))):
+        struct = _Coefficients(*_numbers(coefficients[0]))
+        return array("Q", [ctypes.addressof(struct)]) * len(coefficients), [struct]
+    shared = {id(c): c for c in coefficients}
+    structs = {key: _Coefficients(*_numbers(c)) for key, c in shared.items()}
+    addresses = {key: ctypes.addressof(struct) for key, struct in structs.items()}
+    return array("Q", [addresses[id(c)] for c in coefficients]), list(structs.values())
+
+
+def _pointers(addresses: "array[int]") -> ctypes.c_void_p:
+    """An array of pointers, which the caller keeps alive."""
+    return ctypes.c_void_p(addresses.buffer_info()[0])
 
 
 class Twin:
@@ -65,6 +117,7 @@ class Twin:
         library.shardadam_isa.restype = ctypes.c_char_p
         library.shardadam_update.restype = ctypes.c_int64
         library.shardadam_sum_squares.restype = ctypes.c_int64
+        library.shardadam_mean.restype = ctypes.c_int64
         self._library = library
         openmp = _loaded_openmp()
         if openmp is not None:
@@ -96,20 +149,16 @@ class Twin:
             ValueError: a combination of dtypes that no kernel exists for; nothing was changed.
         """
         assert skip is None, "the host knows, and calls this or not"
-        shared: dict[int, _Coefficients] = {}  # by identity: `runs` keeps them alive
-        for run in runs:
-            if run.prepared is None or run.prepared.grad_dtype is not run.grad.dtype:
-                run.prepared = _Prepared(run)
-            if id(run.coefficients) not in shared:
-                shared[id(run.coefficients)] = _Coefficients(
-                    *(getattr(run.coefficients, name) for name in Coefficients.__slots__)
-                )
-        addresses = {key: ctypes.addressof(struct) for key, struct in shared.items()}
-        pointers = ctypes.c_void_p * len(runs)
+        if not runs:
+            return
+        grads, coefficients = list(map(_grad, runs)), list(map(_coefficients, runs))
+        batch = _batch_of(runs, list(map(_dtype, grads)))
+        coefficient_addresses, _kept_alive = _addresses_of(coefficients)
+        grad_addresses = array("Q", list(map(_address, grads)))
         failed = self._library.shardadam_update(
-            pointers(*[run.prepared.address for run in runs]),
-            pointers(*[run.grad.data_ptr() for run in runs]),
-            pointers(*[addresses[id(run.coefficients)] for run in runs]),
+            _pointers(batch.addresses),
+            _pointers(grad_addresses),
+            _pointers(coefficient_addresses),
             ctypes.c_int64(len(runs)),
             ctypes.c_int32(torch.get_num_threads()),
         )
@@ -132,6 +181,21 @@ class Twin:
     def root(self, words: Tensor) -> Tensor:
         """The square root of an exact sum, a 0-dim float64 tensor."""
         return torch.tensor(exact_sum.root(words), dtype=torch.float64)
+
+    def mean(self, shards: Sequence[Tensor], out: Tensor) -> None:
+        """As `reference.mean`, in one pass over memory."""
+        assert out.dtype == state_dtype(shards[0].dtype)
+        assert all(tensor.is_contiguous() for tensor in (*shards, out))
+        assert all(shard.numel() == out.numel() for shard in shards)
+        failed = self._library.shardadam_mean(
+            (ctypes.c_void_p * len(shards))(*[shard.data_ptr() for shard in shards]),
+            ctypes.c_int64(len(shards)),
+            ctypes.c_void_p(out.data_ptr()),
+            ctypes.c_int64(out.numel()),
+            ctypes.c_int32(GRAD_FORMATS[shards[0].dtype]),
+            ctypes.c_int32(torch.get_num_threads()),
+        )
+        assert not failed
 
     def split(self, master: Tensor) -> tuple[Tensor, Tensor]:
         """As `reference.split_master`."""

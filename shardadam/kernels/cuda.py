@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardadam.kernels import exact_sum
+from shardadam.kernels import exact_sum, reference
 from shardadam.kernels.coefficients import Coefficients
 from shardadam.kernels.cuda_arguments import (
     AMSGRAD,
@@ -245,6 +245,10 @@ class Cuda:
         pointers = ctypes.c_void_p(words.data_ptr()), ctypes.c_void_p(root.data_ptr())
         self._kernels.launch([(kernel, 1, 1, pointers)])
         return root
+
+    def mean(self, shards: Sequence[Tensor], out: Tensor) -> None:
+        """As `reference.mean`, whose operations run on the device."""
+        reference.mean(shards, out)
 
 
 def _terms(coefficients: Coefficients | Slot) -> tuple[bool, bool]:

@@ -4,6 +4,8 @@ Every operation is one of adam_update.h's, in its order, on float64 tensors. It 
 it is what runs where there is no compiled kernel.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,19 @@ def sum_squares(values: Tensor, words: Tensor) -> None:
         half = sums.shape[1] // 2
         sums = sums[:, :half] + sums[:, half:]
     exact_sum.add(words, sums.flatten())
+
+
+def mean(shards: Sequence[Tensor], out: Tensor) -> None:
+    """Write the mean of ``shards`` (1-D, of one dtype and length) to ``out``.
+
+    ``out`` is float32, float64 for float64, and what sums are taken in, in the order of ``shards``.
+    """
+    first, *others = shards
+    out.copy_(first)
+    for other in others:
+        out.add_(other)
+    # A tensor: by a Python number, torch on CUDA multiplies by its rounded reciprocal.
+    out.div_(torch.full((), len(shards), dtype=out.dtype, device=out.device))
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
