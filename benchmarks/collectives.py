@@ -8,6 +8,7 @@ import torch.distributed as dist
 from stamp import interleaved, stamp, table
 
 from shardadam.collectives import Communicator
+from shardadam.kernels import backend_for
 
 NUMEL = 1 << 24
 # Renamed in torch 2.13.
@@ -19,14 +20,15 @@ def main() -> None:
     """Print a table for each of the two exchanges."""
     dist.init_process_group("gloo")
     world_size = dist.get_world_size()
-    ours = Communicator(None, torch.device("cpu"))
+    device = torch.device("cpu")
+    ours = Communicator(None, device, backend_for(device).mean)
     flat, mean = torch.randn(NUMEL), torch.empty(NUMEL // world_size)
     shard = flat.view(world_size, -1)[dist.get_rank()].clone()
     exchanges = {
         "reduce-scatter": {
             "torch reduce_scatter_single": lambda: reduce_scatter(mean, flat),
             "torch all_reduce": lambda: dist.all_reduce(flat),
-            "shardadam": lambda: ours.reduce_scatter_mean(flat, mean),
+            "shardadam": lambda: ours.start_reduce_scatter_mean(flat, mean).wait(),
         },
         "all-gather": {
             "torch all_gather_single": lambda: all_gather(flat, shard),

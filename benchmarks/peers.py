@@ -25,9 +25,10 @@ from training.report import Table, table, unlike, verdicts
 from training.results import Row, row_of
 from training.rounds import Outcome, Setting, prepare, run
 
-ALL = (c.DDP, c.ZERO, c.FSDP2, c.ZERO1, c.ZERO2, c.ZERO2_CPU, c.OURS, c.OURS_ZERO2)
-MOST = (c.DDP, c.ZERO, c.FSDP2, c.ZERO2, c.OURS, c.OURS_ZERO2)
-FEW = (c.DDP, c.FSDP2, c.OURS, c.OURS_ZERO2)
+OVERLAPS = (c.OURS_OVERLAP, c.OURS_EARLY)
+ALL = (c.DDP, c.ZERO, c.FSDP2, c.ZERO1, c.ZERO2, c.ZERO2_CPU, c.OURS, c.OURS_ZERO2, *OVERLAPS)
+MOST = (c.DDP, c.ZERO, c.FSDP2, c.ZERO2, c.OURS, c.OURS_ZERO2, *OVERLAPS)
+FEW = (c.DDP, c.FSDP2, c.OURS, c.OURS_ZERO2, *OVERLAPS)
 ALONE = (c.LOCAL, c.FSDP2, c.OURS)
 LINK, LINK_MODEL, LINK_ROWS = "1gbit", "mlp-35M", 96
 
@@ -42,7 +43,12 @@ DEFAULT = (
     Setting("small-300", 1, "fp32", ALONE),
     Setting("small-300", 2, "fp32", FEW),
     Setting(
-        LINK_MODEL, 2, "fp32", (c.LOCAL, c.DDP, c.OURS, c.OURS_ZERO2), link=LINK, rows=LINK_ROWS
+        LINK_MODEL,
+        2,
+        "fp32",
+        (c.LOCAL, c.DDP, c.OURS, c.OURS_ZERO2, *OVERLAPS),
+        link=LINK,
+        rows=LINK_ROWS,
     ),
 )
 QUICK = (

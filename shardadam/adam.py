@@ -29,6 +29,10 @@ _ARGUMENTS = """
         shard_grads: reduce gradients during backward, bucket by bucket, and free the full ones
             (ZeRO-2): on several ranks ``param.grad`` is None after backward, and `step()` consumes
             the shards.
+        update_in_backward: update a bucket as soon as backward has all its gradients and they are
+            reduced, and free them, so that never more than a few buckets of them exist. Backward
+            then goes by the hyperparameters of its time; `step()` only ends what it began. No
+            clipping by a global norm, no GradScaler; accumulate under `no_sync()`.
         max_grad_norm: clip the global norm of the averaged gradients inside `step()`; the norm
             measured is then in ``grad_norm``. float("inf") measures and does not clip.
         master: the fp32 master weights of 16-bit params. "auto": "split" for bfloat16, "fp32" for
@@ -72,12 +76,19 @@ class Adam(_AdamRule, torch.optim.Adam):
         process_group: torch.distributed.ProcessGroup | None = None,
         grad_sync: GradSync = "mean",
         shard_grads: bool = False,
+        update_in_backward: bool = False,
         max_grad_norm: float | None = None,
         master: Master = "auto",
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     ) -> None:
         options = Options(
-            process_group, grad_sync, shard_grads, max_grad_norm, master, bucket_bytes
+            process_group,
+            grad_sync,
+            shard_grads,
+            update_in_backward,
+            max_grad_norm,
+            master,
+            bucket_bytes,
         )
         super().__init__(
             params,
@@ -117,12 +128,19 @@ class AdamW(_AdamRule, torch.optim.AdamW):
         process_group: torch.distributed.ProcessGroup | None = None,
         grad_sync: GradSync = "mean",
         shard_grads: bool = False,
+        update_in_backward: bool = False,
         max_grad_norm: float | None = None,
         master: Master = "auto",
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     ) -> None:
         options = Options(
-            process_group, grad_sync, shard_grads, max_grad_norm, master, bucket_bytes
+            process_group,
+            grad_sync,
+            shard_grads,
+            update_in_backward,
+            max_grad_norm,
+            master,
+            bucket_bytes,
         )
         super().__init__(
             params,
@@ -162,12 +180,19 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
         process_group: torch.distributed.ProcessGroup | None = None,
         grad_sync: GradSync = "mean",
         shard_grads: bool = False,
+        update_in_backward: bool = False,
         max_grad_norm: float | None = None,
         master: Master = "auto",
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     ) -> None:
         options = Options(
-            process_group, grad_sync, shard_grads, max_grad_norm, master, bucket_bytes
+            process_group,
+            grad_sync,
+            shard_grads,
+            update_in_backward,
+            max_grad_norm,
+            master,
+            bucket_bytes,
         )
         super().__init__(
             params,

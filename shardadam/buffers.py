@@ -1,6 +1,7 @@
 """Flat storage: params as views of a bucket's buffer, and the state of this rank's shard of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -8,6 +9,11 @@ from torch import Tensor
 from shardadam.kernels import Coefficients, Run, Slot
 from shardadam.kernels.run import in_memory_order, state_dtype
 from shardadam.layout import Bucket, Piece
+
+_address = torch._C.TensorBase.data_ptr
+_is_contiguous: Callable[[Tensor], bool] = torch._C.TensorBase.is_contiguous
+_is_neg: Callable[[Tensor], bool] = torch._C.TensorBase.is_neg
+_dtype = attrgetter("dtype")
 
 
 def real_dtype(param: Tensor) -> torch.dtype:
@@ -44,7 +50,8 @@ class FlatBucket:
         self.params = list(params)
         self.names = list(names)
         self.pieces = bucket.pieces(rank)
-        self.groups = sorted({span.group for span in bucket.spans})
+        self.span_groups = [span.group for span in bucket.spans]
+        self.groups = sorted(set(self.span_groups))
         first = params[0]
         self.dtype, self.device = real_dtype(first), first.device
         self.flat = torch.zeros(bucket.numel, dtype=self.dtype, device=self.device)
@@ -56,13 +63,15 @@ class FlatBucket:
         for param, view in zip(params, self.views, strict=True):
             view.copy_(param)
             param.data = view
-        self.kinds = [(view.dtype, view.shape, view.device) for view in self.views]
-        self._addresses = [view.data_ptr() for view in self.views]
+        self._addresses = list(map(_address, self.views))
+        self._dtypes = list(map(_dtype, self.views))
         # Owned whole, real and contiguous.
         self._plain = [
             piece.numel == view.numel() and view.is_contiguous() and not view.is_complex()
             for piece, view in zip(self.pieces, self.views, strict=True)
         ]
+        # And none of them empty.
+        self._all_plain = all(self._plain) and all(piece.numel for piece in self.pieces)
         self._packed: tuple[int | None, list[Tensor]] = (None, [])  # the address is 0 where empty
         # torch's dtype for "step", which kernels count in float32; more for a product of many
         # factors, whose error would grow.
@@ -82,6 +91,7 @@ class FlatBucket:
         self.state: dict[str, Tensor] = {}
         self._runs: dict[tuple[int, int, bool], Run] = {}
         self._runs_in_place: list[Run | None] = [None] * len(self.params)
+        self._amsgrad_in_place: list[bool] = []
         for name in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ())):
             self.add_state(name)
         if master is not None:
@@ -98,10 +108,14 @@ class FlatBucket:
 
     def check_views(self) -> None:
         """Raise ValueError, naming the param, if one no longer is the view that it was made."""
-        for index, (param, address) in enumerate(zip(self.params, self._addresses, strict=True)):
-            if param.data_ptr() != address or param.dtype != self.views[index].dtype:
+        addresses, dtypes = list(map(_address, self.params)), list(map(_dtype, self.params))
+        if addresses == self._addresses and dtypes == self._dtypes:
+            return
+        for index, name in enumerate(self.names):
+            made = self._addresses[index], self._dtypes[index]
+            if made != (addresses[index], dtypes[index]):
                 raise ValueError(
-                    f"{self.names[index]} no longer is the memory that the optimizer updates; its "
+                    f"{name} no longer is the memory that the optimizer updates; its "
                     ".data was replaced after construction, by .to(), a wrapper, an assignment. "
                     "Expected: move and wrap the model first, then the optimizer"
                 )
@@ -139,10 +153,8 @@ class FlatBucket:
             return tensor
         return in_memory_order(tensor)[piece.param_offset : piece.param_offset + piece.numel]
 
-    def grad_in_place(self, index: int) -> Tensor:
-        """The owned elements of the gradient of the param of span ``index``, as `piece_of`."""
-        grad = self.params[index].grad
-        assert grad is not None
+    def owned_part(self, index: int, grad: Tensor) -> Tensor:
+        """The owned elements of a gradient of the param of span ``index``, as `piece_of`."""
         if self._plain[index] and grad.is_contiguous() and not grad.is_neg():
             return grad  # nearly always, and several times as quick
         return self.piece_of(self.pieces[index], grad)
@@ -187,15 +199,50 @@ class FlatBucket:
         run.grad, run.coefficients = grad, coefficients
         return run
 
-    def run_in_place(self, index: int, coefficients: Coefficients | Slot, amsgrad: bool) -> Run:
-        """The run of one span, reading ``param.grad``. Kept, as those of `run`."""
-        run, grad = self._runs_in_place[index], self.grad_in_place(index)
-        if run is None or (run.max_exp_avg_sq is None) is amsgrad:
-            piece = self.pieces[index]
-            start, stop = piece.shard_offset, piece.shard_offset + piece.numel
-            run = self._runs_in_place[index] = self.run(start, stop, grad, coefficients, amsgrad)
-        run.grad, run.coefficients = grad, coefficients
-        return run
+    def runs_in_place(
+        self,
+        grads: Sequence[Tensor | None],
+        coefficients: Sequence[Coefficients | Slot | None],
+        amsgrad: Sequence[bool],
+    ) -> list[Run]:
+        """The runs of the spans that have ``coefficients``, reading ``grads``. Kept, as of `run`.
+
+        ``amsgrad``: of every param group.
+        """
+        if amsgrad != self._amsgrad_in_place:
+            self._runs_in_place = [None] * len(self.params)
+            self._amsgrad_in_place = list(amsgrad)
+        runs = [run for run in self._runs_in_place if run is not None]
+        present = [grad for grad in grads if grad is not None]
+        shares = [shared for shared in coefficients if shared is not None]
+        if (
+            self._all_plain
+            and len(runs) == len(present) == len(shares) == len(self.params)
+            and all(map(_is_contiguous, present))
+            and not any(map(_is_neg, present))
+        ):
+            # Nearly always; what is done for every one of many small params adds up.
+            for kept, own_grad, own in zip(runs, present, shares, strict=True):
+                kept.grad, kept.coefficients = own_grad, own
+            return runs
+        runs.clear()
+        for index, (run, grad, shared, plain) in enumerate(
+            zip(self._runs_in_place, grads, coefficients, self._plain, strict=True)
+        ):
+            if shared is None or not self.pieces[index].numel:
+                continue
+            assert grad is not None
+            if not (plain and grad.is_contiguous() and not grad.is_neg()):
+                grad = self.owned_part(index, grad)
+            if run is None:
+                piece = self.pieces[index]
+                start, stop = piece.shard_offset, piece.shard_offset + piece.numel
+                switched_on = amsgrad[self.bucket.spans[index].group]
+                run = self.run(start, stop, grad, shared, switched_on)
+                self._runs_in_place[index] = run
+            run.grad, run.coefficients = grad, shared
+            runs.append(run)
+        return runs
 
 
 def view_like(param: Tensor, flat: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 `Communicator` is bound to one process group; a world of one needs no process group and sends
 nothing. Algorithms are chosen by backend, from measurements (docs/performance.md):
 
-* gloo's reduce-scatter is an all-reduce, and its all-gather stages through temporaries: an
-  all-to-all with a local sum, and broadcasts of the shards in place, are three times as fast.
+* gloo's reduce-scatter is an all-reduce, its all-to-all copies also the shard that stays, its
+  all-gather stages through temporaries, and broadcasts of the shards use one direction of a link
+  at a time: sends from each rank to each, with a local sum for gradients, are two to three times as
+  fast. They need tensors on the host; elsewhere all-to-all and broadcasts do.
 * NCCL's own reduce-scatter and all-gather work in place, on a stream of its own that waits for,
   and is awaited by, the current one on the device. It sums 16-bit gradients in 16 bits, so these
-  take the way of gloo's. It has not been run on GPUs yet.
+  go by an all-to-all and a local sum. It has not been run on GPUs yet.
 
 Gradients are summed in fp32 (fp64 for fp64), by gloo in the order of the ranks, so that a sum is
 the same on every run, and divided by the world size after: a multiplication by a rounded 1/W is not
@@ -17,18 +19,22 @@ a process group that is not the default one and has no backend for CPU tensors).
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
-import itertools
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from shardadam.exchange import Exchange, Union, watch
+from shardadam.kernels import reference
+
+_TAGS = 1 << 30  # from here on: they must not pair with a user's sends
+_Mean = Callable[[Sequence[Tensor], Tensor], None]
 
 
 class Communicator:
@@ -38,26 +44,30 @@ class Communicator:
     alone), ``device`` of the tensors, ``ordinal`` a number that no other optimizer of these ranks
     has, agreed on at construction, ``sent_bytes`` what this rank has sent so far, by what it was
     doing: payload, and what a tree or ring sends on average over the ranks. Descriptions, which
-    only errors need, are not counted.
+    only errors need, are not counted. ``mean`` is the backend's way to take the mean of shards.
     """
 
     _last_ordinal = 0
-    _alive: ClassVar[WeakSet[Communicator]] = WeakSet()
     _host_groups: ClassVar[WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]] = (
         WeakKeyDictionary()
     )
     _aside: ClassVar[WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]] = WeakKeyDictionary()
 
-    def __init__(self, process_group: dist.ProcessGroup | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None,
+        device: torch.device,
+        mean: _Mean = reference.mean,
+    ) -> None:
         self.process_group = process_group
+        self._mean = mean
         self.rank, self.world_size, self.backend = 0, 1, "none"
         self.device = device
         self.ordinal = 0
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self._divisors: dict[torch.dtype, Tensor] = {}
-        self._held: dict[str, Sequence[Tensor]] = {}
         self.sent_bytes: dict[str, int] = {}
-        Communicator._alive.add(self)
+        self._exchanges, self._sends = 0, False
         self._stream: Any = None
         if process_group is None and not (dist.is_available() and dist.is_initialized()):
             return
@@ -74,6 +84,7 @@ class Communicator:
                 f"expected one for {device.type}"
             )
         self.backend = backends.get(device.type, config)
+        self._sends = self.backend != "nccl" and device.type == "cpu"
         self._host_group, self._host_device = self._find_host_group(backends)
 
     def _find_host_group(
@@ -116,13 +127,18 @@ class Communicator:
 
     def union(self, flags: Sequence[bool]) -> list[bool]:
         """Element by element, whether any rank's flag is set."""
+        return self.start_union(flags).wait()
+
+    def start_union(self, flags: Sequence[bool]) -> Union:
+        """Begin a `union`; any number may be under way."""
         if self.world_size == 1:
-            return list(flags)
+            return Union(torch.tensor(flags), self._exchange("nothing", []))
         tensor = torch.tensor(flags, dtype=torch.uint8, device=self._host_device)
+        doing, most = "exchanging which params have gradients", dist.ReduceOp.MAX
         sends = 2 * self._others(tensor)
-        with self._says("exchanging which params have gradients", tensor, sends=sends):
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._host_group)
-        return [bool(flag) for flag in tensor.tolist()]
+        with self._says(doing, tensor, sends=sends):
+            work = dist.all_reduce(tensor, op=most, group=self._host_group, async_op=True)
+        return Union(tensor, self._exchange(doing, [work]))
 
     def _others(self, tensor: Tensor) -> int:
         """Bytes of ``tensor`` but this rank's shard of it: what reducing or gathering it sends."""
@@ -149,9 +165,10 @@ class Communicator:
             padded = torch.frombuffer(bytearray(data.ljust(longest + 1)), dtype=torch.uint8)
             padded = padded.to(self._host_device)
             gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
+            for tensor in (own, padded, *lengths, *gathered):
+                watch(tensor)
             self.sent_bytes["exchanging bytes"] += padded.nbytes * (self.world_size - 1)
             dist.all_gather(gathered, padded, group=self._host_group)
-        _wait_until_released([own, padded, *lengths, *gathered])
         hosts = [tensor.cpu() for tensor in gathered]
         return [
             ctypes.string_at(host.data_ptr(), int(length))
@@ -228,29 +245,49 @@ class Communicator:
             self._buffers[name, dtype] = kept
         return kept[:numel]
 
-    def reduce_scatter_mean(self, flat: Tensor, mean: Tensor) -> None:
-        """Write the mean over the ranks of this rank's shard of ``flat`` to ``mean``.
+    def start_reduce_scatter_mean(self, flat: Tensor, mean: Tensor, lane: int = 0) -> Exchange:
+        """Begin to write the mean over the ranks of this rank's shard of ``flat`` to ``mean``.
 
         ``flat`` holds ``world_size`` shards of equal length and is left as it was; ``mean`` is one
-        of fp32 (fp64 for fp64).
+        of fp32 (fp64 for fp64). Both are to be left alone until the exchange has been awaited.
+        ``lane``: what goes on at the same time must differ in it; each has memory of its own.
         """
-        world_size = self.world_size
-        if self.backend == "nccl" and world_size > 1 and flat.numel() and flat.dtype == mean.dtype:
-            with self._says("reduce-scattering gradients", sends=self._others(flat)):
-                _reduce_scatter()(mean, flat, group=self.process_group)
-            mean.div_(self._divisor(mean.dtype))
-            return
-        shards = flat
-        if world_size > 1 and flat.numel():
-            shards = self.buffer("received", flat.numel(), flat.dtype)
-            sends = self._others(flat)
-            with self._says("reduce-scattering gradients", shards, flat, sends=sends):
-                dist.all_to_all_single(shards, flat, group=self.process_group)
-        first, *others = _shards(shards, world_size)
-        mean.copy_(first)
-        for other in others:
-            mean += other
-        mean.div_(self._divisor(mean.dtype))
+        world_size, doing = self.world_size, "reduce-scattering gradients"
+        shards = _shards(flat, world_size)
+        if world_size == 1 or not flat.numel():
+            return self._exchange(doing, [], lambda: self._mean(shards, mean))
+        if self.backend == "nccl" and flat.dtype == mean.dtype:
+            with self._says(doing, sends=self._others(flat)):
+                work = _reduce_scatter()(mean, flat, group=self.process_group, async_op=True)
+            return self._exchange(doing, [work], lambda: mean.div_(self._divisor(mean.dtype)))
+        name, sends = f"received {lane}", self._others(flat)
+        if not self._sends:
+            buffer, group = self.buffer(name, flat.numel(), flat.dtype), self.process_group
+            received = _shards(buffer, world_size)
+            with self._says(doing, buffer, flat, sends=sends):
+                works = [dist.all_to_all_single(buffer, flat, group=group, async_op=True)]
+        else:
+            own = shards[self.rank]  # read where it is
+            buffer = self.buffer(name, flat.numel() - own.numel(), flat.dtype)
+            theirs = _shards(buffer, world_size - 1)
+            received = (*theirs[: self.rank], own, *theirs[self.rank :])
+            with self._says(doing, *shards, *theirs, sends=sends):
+                works = self._swap(shards, received)
+        return self._exchange(doing, works, lambda: self._mean(received, mean))
+
+    def _swap(self, shards: Sequence[Tensor], received: Sequence[Tensor]) -> list[dist.Work]:
+        """Begin to send every other rank its one of ``shards``, and to receive one from each."""
+        group, ranks, works = self.process_group, self.world_size, []
+        # Other than those of all that is under way, in this optimizer or another.
+        tag = _TAGS + (self.ordinal % 1024 << 16) + self._exchanges % (1 << 16)
+        self._exchanges += 1
+        for distance in range(1, ranks):
+            to, source = (self.rank + distance) % ranks, (self.rank - distance) % ranks
+            works += [
+                dist.irecv(received[source], group=group, tag=tag, group_src=source),
+                dist.isend(shards[to], group=group, tag=tag, group_dst=to),
+            ]
+        return [work for work in works if work is not None]  # None: not of the group
 
     def _divisor(self, dtype: torch.dtype) -> Tensor:
         """The world size, 0-dim: by a Python number, torch on CUDA multiplies by its reciprocal."""
@@ -260,38 +297,33 @@ class Communicator:
             self._divisors[dtype] = kept
         return kept
 
-    def all_gather(self, flats: Sequence[Tensor]) -> None:
-        """In each of ``flats``, fill every rank's shard from its owner; all are under way at once.
+    def start_all_gather(self, flat: Tensor) -> Exchange:
+        """Begin to fill every rank's shard of ``flat`` from its owner; any number may be under way.
 
-        Each holds ``world_size`` shards of equal length, this rank's own being up to date.
+        It holds ``world_size`` shards of equal length, this rank's own being up to date, and is to
+        be left alone until the exchange has been awaited.
         """
-        if self.world_size == 1:
-            return
-        flats = [flat for flat in flats if flat.numel()]
-        shards = [_shards(flat, self.world_size) for flat in flats]
-        sends = sum(map(self._others, flats))
-        in_flight = itertools.chain.from_iterable(shards)
-        with self._says("all-gathering params", *in_flight, sends=sends):
-            if self.backend == "nccl":
-                self._all_gather_coalesced(flats)
-                return
-            works = [
-                dist.broadcast(shard, group=self.process_group, group_src=owner, async_op=True)
-                for parts in shards
-                for owner, shard in enumerate(parts)
-            ]
-            for work in works:
-                work.wait()
+        doing, works = "all-gathering params", []
+        if self.world_size > 1 and flat.numel():
+            group, shards = self.process_group, _shards(flat, self.world_size)
+            sends = self._others(flat)
+            with self._says(doing, *shards, sends=sends):
+                own = shards[self.rank]
+                if self._sends:
+                    works = self._swap([own] * self.world_size, shards)
+                elif self.backend == "nccl":
+                    works = [_all_gather()(flat, own, group=group, async_op=True)]
+                else:
+                    works = [
+                        dist.broadcast(shard, group=group, group_src=owner, async_op=True)
+                        for owner, shard in enumerate(shards)
+                    ]
+        return self._exchange(doing, works)
 
-    def _all_gather_coalesced(self, flats: Sequence[Tensor]) -> None:
-        group = self.process_group or dist.group.WORLD
-        for dtype in dict.fromkeys(flat.dtype for flat in flats):
-            with dist.distributed_c10d._coalescing_manager(group, async_ops=True) as together:
-                for flat in flats:
-                    if flat.dtype == dtype:
-                        own = _shards(flat, self.world_size)[self.rank]
-                        _all_gather()(flat, own, group=group)
-            together.wait()  # makes the current stream wait, not the host
+    def all_gather(self, flats: Sequence[Tensor]) -> None:
+        """As `start_all_gather` of each, and await them all."""
+        for exchange in [self.start_all_gather(flat) for flat in flats]:
+            exchange.wait()
 
     def gather(self, shards: Sequence[Tensor], to: int) -> list[Tensor]:
         """Bring every rank's ``shards`` to rank ``to`` of the group; all are under way at once.
@@ -324,19 +356,26 @@ class Communicator:
         operations = [operation for operation in operations if operation.tensor.numel()]
         if operations:
             sends = 0 if self.rank == to else sum(shard.nbytes for shard in shards)
-            with self._says("gathering the state", sends=sends):
+            tensors = [operation.tensor for operation in operations]
+            with self._says("gathering the state", *tensors, sends=sends):
                 for work in dist.batch_isend_irecv(operations):
                     work.wait()
         return [flat.cpu() for flat in flats]
+
+    def _exchange(
+        self, doing: str, works: Sequence[dist.Work], finish: Callable[[], object] | None = None
+    ) -> Exchange:
+        return Exchange(functools.partial(self._says, doing), works, finish)
 
     @contextlib.contextmanager
     def _says(self, doing: str, *tensors: Tensor, sends: int = 0) -> Iterator[None]:
         """Adds to torch.distributed's error what this optimizer was doing with ``tensors``.
 
-        They are kept until it does the same again, see [Note: tensors in flight]. ``sends`` are
-        the bytes for `sent_bytes`.
+        Exit waits until they are let go of, see [Note: tensors in flight].
+        ``sends`` are the bytes for `sent_bytes`.
         """
-        self._held[doing] = tensors
+        for tensor in tensors:
+            watch(tensor)
         self.sent_bytes[doing] = self.sent_bytes.get(doing, 0) + sends
         try:
             yield
@@ -345,27 +384,6 @@ class Communicator:
                 f"rank {self.rank} of {self.world_size} failed while {doing} over {self.backend} "
                 f"(has a peer died?): {error}"
             ) from error
-
-
-# [Note: tensors in flight]
-#
-# gloo's thread lets go of a tensor some time after wait() has returned, for which it takes the GIL.
-# If the interpreter has begun to exit by then, and somebody still holds the process group (torch's
-# compiler does, if it was imported after init_process_group()), the thread is killed in a way that
-# aborts the process: "terminate called without an active exception". So exit waits for it; what is
-# too large to be kept until then is waited for at once.
-@atexit.register
-def _let_go() -> None:
-    held = [communicator._held.values() for communicator in list(Communicator._alive)]
-    _wait_until_released(itertools.chain.from_iterable(itertools.chain.from_iterable(held)))
-
-
-def _wait_until_released(tensors: Iterable[Tensor]) -> None:
-    """Until nobody but the caller holds ``tensors``, a second at most."""
-    deadline = time.monotonic() + 1.0
-    for tensor in tensors:
-        while tensor._use_count() > 1 and time.monotonic() < deadline:  # type: ignore[attr-defined]
-            time.sleep(0.0001)
 
 
 def _all_gather() -> Callable[..., Any]:

@@ -2,15 +2,15 @@
 
 Where they need no exchange (one rank, or ``grad_sync="none"``) they are read from ``param.grad`` in
 place. Otherwise each bucket is packed and reduce-scattered: in `step()`, or, with
-``shard_grads=True``, inside backward as soon as the bucket's last gradient has arrived, after
-which the full gradients are freed.
+``shard_grads=True``, inside backward (see `backward`), after which the full gradients are freed.
+While one bucket is under way the next is packed.
 """
 
-import contextlib
-import functools
+import itertools
 import warnings
-import weakref
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -18,26 +18,36 @@ from torch import Tensor
 from shardadam.agreement import Point, Range, digest, meet
 from shardadam.buffers import FlatBucket, describe
 from shardadam.collectives import Communicator
+from shardadam.exchange import Exchange
 from shardadam.kernels.run import state_dtype
+
+_LANES = 2  # buckets under way: each takes two buckets of memory
+_grad = attrgetter("grad")
+_kind = attrgetter("dtype", "shape", "device", "layout")
 
 
 class BucketGrads:
     """The gradients of one bucket.
 
-    ``present``: for each span, whether any rank has a gradient (after the reduction). ``shard``:
-    this rank's shard of the mean, or None where ``param.grad`` is read in place. ``arrived`` of
-    ``expected`` params have got their gradient in the backward pass under way.
+    ``local``: ``param.grad`` of every span, when last looked at. ``present``: for each span,
+    whether any rank has a gradient (after the reduction). ``shard``: this rank's shard of the mean,
+    or None where ``param.grad`` is read in place. ``updated``: the params have been, in backward.
     """
 
     def __init__(self, bucket: FlatBucket) -> None:
         self.bucket = bucket
+        self.local: list[Tensor | None] = [None] * len(bucket.params)
         self.present = [False] * len(bucket.params)
         self.shard: Tensor | None = None
-        self.arrived = 0
-        self.expected = 0
+        self.updated = False
+        self._kinds = [_kind(view) for view in bucket.views]
         self._memory: Tensor | None = None
 
-    def shard_memory(self) -> Tensor:
+    def look(self) -> None:
+        """Read ``param.grad`` of every span: what follows goes by what it was here."""
+        self.local = list(map(_grad, self.bucket.params))
+
+    def memory(self) -> Tensor:
         """Memory for `shard`. Kept: fresh shards between freed gradients fragment the heap."""
         if self._memory is None:
             bucket = self.bucket
@@ -46,9 +56,20 @@ class BucketGrads:
             )
         return self._memory
 
-    def local(self) -> list[Tensor | None]:
-        """``param.grad`` of every span."""
-        return [param.grad for param in self.bucket.params]
+    def misfit(self) -> tuple[int, Exception] | None:
+        """The first span whose gradient can't be used, and why.
+
+        autograd and the setter of .grad see to most of it; a param changed by .data slips through.
+        """
+        present = [grad for grad in self.local if grad is not None]
+        if len(present) == len(self.local) and list(map(_kind, present)) == self._kinds:
+            return None
+        kinds = [None if grad is None else _kind(grad) for grad in self.local]
+        for index, (kind, expected) in enumerate(zip(kinds, self._kinds, strict=True)):
+            grad = self.local[index]
+            if grad is not None and kind != expected:
+                return index, _misfit(self.bucket.names[index], self.bucket.params[index], grad)
+        return None
 
     def owned(self) -> list[int]:
         """The spans of which this rank owns elements that have a gradient."""
@@ -60,13 +81,27 @@ class BucketGrads:
 
     def in_place(self, index: int) -> Tensor:
         """This rank's piece of the ``param.grad`` of span ``index``, where there is no `shard`."""
-        return self.bucket.grad_in_place(index)
+        grad = self.local[index]
+        assert grad is not None
+        return self.bucket.owned_part(index, grad)
+
+    def updated_params(self) -> list[Tensor]:
+        """The params that have a gradient on any rank, after the reduction."""
+        return list(itertools.compress(self.bucket.params, self.present))
+
+    def free(self) -> None:
+        """Free the full gradients that were looked at."""
+        for param, grad in zip(self.bucket.params, self.local, strict=True):
+            if grad is not None:
+                param.grad = None
+        self.local = [None] * len(self.local)
 
     def clear(self) -> None:
         """Forget everything."""
+        self.local = [None] * len(self.bucket.params)
         self.present = [False] * len(self.bucket.params)
         self.shard = None
-        self.arrived = 0
+        self.updated = False
 
 
 class GradReducer:
@@ -76,34 +111,37 @@ class GradReducer:
         self.exchanges = grad_sync == "mean" and communicator.world_size > 1
         self.eager = self.exchanges and shard_grads
         self.grads: list[BucketGrads] = []
+        self.left_over = False  # gradients have been left in param.grad by no_sync()
+        self.landed: Callable[[BucketGrads], None] | None = None
         self._communicator = communicator
-        self._syncing = True
-        self._held = False  # gradients have been left in param.grad by no_sync()
-        self._error: Exception | None = None  # for the end of the backward pass under way
-        self._backward: int | None = None  # autograd's id of the backward pass under way
         self._hint = self.exchanges
-        self._launched = 0  # buckets whose reduction has been started in this backward pass
+        self._under_way: deque[tuple[BucketGrads | None, Tensor, Exchange]] = deque()
+        self._sent = 0
+
+    @property
+    def updated(self) -> bool:
+        """Whether a backward pass has updated params."""
+        return any(grads.updated for grads in self.grads)
 
     def add(self, buckets: list[FlatBucket]) -> None:
         """Take charge of more buckets."""
-        this = weakref.ref(self)
-        for bucket in buckets:
-            index = len(self.grads)
-            self.grads.append(BucketGrads(bucket))
-            if self.eager:
-                for param in bucket.params:
-                    if param.requires_grad:
-                        hook = functools.partial(_arrived, this, index)
-                        param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        self.grads += map(BucketGrads, buckets)
 
     def clear(self) -> None:
         """Forget reduced gradients; ``param.grad`` is not touched."""
-        self._held = False
+        self.left_over = False
+        # What an exception left under way in backward lands, and counts for nothing.
+        self._under_way = deque((None, mean, exchange) for _, mean, exchange in self._under_way)
         for grads in self.grads:
             grads.clear()
 
+    def look(self) -> None:
+        """Read every ``param.grad``, once for all that a step asks."""
+        for grads in self.grads:
+            grads.look()
+
     def check(self, differentiable: bool) -> None:
-        """Raise if a gradient can't be used; names the param.
+        """Raise if a gradient, as last looked at, can't be used; names the param.
 
         Args:
             differentiable: whether the step is to be, which one in place can't.
@@ -118,14 +156,13 @@ class GradReducer:
                 "Use torch.optim to differentiate through a step"
             )
         for grads in self.grads:
-            bucket = grads.bucket
-            for index, (kind, grad) in enumerate(zip(bucket.kinds, grads.local(), strict=True)):
-                if grad is not None and not _fits(kind, grad):
-                    raise _misfit(bucket.names[index], bucket.params[index], grad)
-        if self.eager and not self._held:
+            found = grads.misfit()
+            if found is not None:
+                raise found[1]
+        if self.eager and not self.left_over:
             for grads in self.grads:
                 for name, done, grad in zip(
-                    grads.bucket.names, grads.present, grads.local(), strict=True
+                    grads.bucket.names, grads.present, grads.local, strict=True
                 ):
                     if done and grad is not None:
                         raise ValueError(
@@ -138,30 +175,19 @@ class GradReducer:
         return [
             (self.eager and present) or grad is not None
             for grads in self.grads
-            for present, grad in zip(grads.present, grads.local(), strict=True)
-        ]
-
-    def updated(self) -> list[Tensor]:
-        """The params that have a gradient on any rank, after `reduce`."""
-        return [
-            param
-            for grads in self.grads
-            for param, present in zip(grads.bucket.params, grads.present, strict=True)
-            if present
+            for present, grad in zip(grads.present, grads.local, strict=True)
         ]
 
     def unreduced(self) -> bool:
         """Whether gradients wait in ``param.grad`` although backward should have reduced them."""
-        return self.eager and any(
-            grad is not None for grads in self.grads for grad in grads.local()
-        )
+        return self.eager and any(grad is not None for grads in self.grads for grad in grads.local)
 
     def fingerprint(self) -> int:
         """Of this rank's first gradient, until the ranks have been compared; 0 if all zero."""
         if not self._hint or _capturing():
             return 0
         for grads in self.grads:
-            for grad in grads.local():
+            for grad in grads.local:
                 if grad is not None and grad.numel():
                     total = float(grad.detach().abs().sum(dtype=torch.float64))
                     return digest(repr(total)) if total else 0
@@ -187,7 +213,7 @@ class GradReducer:
     def versions(self) -> list[tuple[Tensor, int] | None]:
         """The gradient of every param, kept alive, and how often it has been written."""
         gradients = (
-            grads.shard if self.eager else grad for grads in self.grads for grad in grads.local()
+            grads.shard if self.eager else grad for grads in self.grads for grad in grads.local
         )
         return [None if grad is None else (grad, grad._version) for grad in gradients]
 
@@ -195,7 +221,7 @@ class GradReducer:
         """The name of the first param whose gradient is not what it was at `versions`."""
         names = [name for grads in self.grads for name in grads.bucket.names]
         if self.eager:
-            for name, grad in zip(names, (g for b in self.grads for g in b.local()), strict=True):
+            for name, grad in zip(names, (g for b in self.grads for g in b.local), strict=True):
                 if grad is not None:
                     return name
         for name, before, now in zip(names, versions, self.versions(), strict=False):
@@ -213,13 +239,12 @@ class GradReducer:
             present: as `presence`, but agreed on by all ranks.
             rescale: 0-dim; this rank's gradients are multiplied by it first.
         """
-        offset = 0
+        flags = iter(present)
         for grads in self.grads:
-            count = len(grads.present)
-            grads.present = present[offset : offset + count]
-            offset += count
+            grads.present = list(itertools.islice(flags, len(grads.present)))
             if self.exchanges and not self.eager and any(grads.present):
-                self._reduce_bucket(grads, rescale)
+                self.send(grads, rescale)
+        self.land()
 
     def reduce_leftovers(self) -> None:
         """With ``shard_grads``: reduce what no backward pass has (a `no_sync()`, a hand-made grad).
@@ -227,111 +252,90 @@ class GradReducer:
         Entered by every rank, whether it has leftovers or not.
         """
         for grads in self.grads:
-            self._reduce_bucket(grads)
-
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Let gradients pile up in ``param.grad`` in backward passes under this context."""
-        before, self._syncing = self._syncing, False
-        try:
-            yield
-        finally:
-            self._syncing = before
-
-    def on_grad(self, index: int) -> None:
-        """A gradient of bucket ``index`` has been accumulated by the backward pass under way."""
-        if not self._syncing:
-            self._held = True
-            return
-        backward = torch._C._current_graph_task_id()
-        if self._backward != backward:
-            # Also after a backward pass that was broken off by an exception.
-            self._backward = backward
-            self._launched = 0
-            self._error = None
-            for grads in self.grads:
-                grads.arrived = 0
-                grads.expected = sum(param.requires_grad for param in grads.bucket.params)
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
-            meet(self._communicator, Point.BACKWARD)
-        self.grads[index].arrived += 1
-        # The buckets' order is the layout's, whatever the order in which they fill: every rank
-        # must reduce the same bucket at the same time.
-        while self._launched < len(self.grads):
-            if self.grads[self._launched].arrived < self.grads[self._launched].expected:
-                break
-            self._launch()
-
-    def _launch(self) -> None:
-        self._reduce_bucket(self.grads[self._launched])
-        self._launched += 1
-
-    def _end_backward(self) -> None:
-        """Reduce the buckets that did not fill (unused params), so that no rank waits for them."""
-        self._backward = None
-        while self._launched < len(self.grads):
-            self._launch()
-        present = [present for grads in self.grads for present in grads.present]
-        words = {"present": digest(bytes(present))}
-        seen = meet(self._communicator, Point.BACKWARD_END, words, self._error)
-        if not seen["present"].agreed:
-            present = self._communicator.union(present)
-        self.reduce(present)
+            self.send_and_free(grads)
+        self.land()
 
     @torch.no_grad()
-    def _reduce_bucket(self, grads: BucketGrads, rescale: Tensor | None = None) -> None:
-        bucket = grads.bucket
-        local = grads.local()
-        if self.eager:
-            for index, (name, param) in enumerate(zip(bucket.names, bucket.params, strict=True)):
-                grad = local[index]
-                if grad is not None and not _fits(bucket.kinds[index], grad):
-                    # The others wait in the exchange: join them, and raise when all meet.
-                    self._error = self._error or _misfit(name, param, grad)
-                    local[index] = None
-        packed = self._communicator.buffer("packed", bucket.bucket.numel, bucket.dtype)
-        bucket.pack(local, packed)
+    def send(
+        self, grads: BucketGrads, rescale: Tensor | None = None, transient: bool = False
+    ) -> None:
+        """Begin to reduce a bucket's local gradients into its shard, at most `_LANES` at a time.
+
+        ``transient``: the shard's memory is used again by what is sent `_LANES` later.
+        """
+        if not self._under_way:
+            self._sent = 0  # so that a bucket takes the same lane at every step
+        while len(self._under_way) >= _LANES:
+            self._land_first()
+        lane = self._sent % _LANES
+        self._sent += 1
+        bucket, ranks = grads.bucket, self._communicator
+        packed = ranks.buffer(f"packed {lane}", bucket.bucket.numel, bucket.dtype)
+        bucket.pack(grads.local, packed)
         if rescale is not None:
             packed.mul_(rescale)
-        memory = grads.shard_memory()
-        if grads.shard is None or not self.eager:
-            self._communicator.reduce_scatter_mean(packed, memory)
-            grads.shard = memory
-        else:  # another backward pass of the same step
-            more = self._communicator.buffer("mean", memory.numel(), memory.dtype)
-            self._communicator.reduce_scatter_mean(packed, more)
-            grads.shard += more
-        if not self.eager:
+        # Another backward pass of the same step is added to the first's shard.
+        if transient or (self.eager and grads.shard is not None):
+            numel, dtype = bucket.bucket.shard_numel, state_dtype(bucket.dtype)
+            mean = ranks.buffer(f"mean {lane}", numel, dtype)
+        else:
+            mean = grads.memory()
+        exchange = ranks.start_reduce_scatter_mean(packed, mean, lane)
+        self._under_way.append((grads, mean, exchange))
+
+    def send_and_free(self, grads: BucketGrads, transient: bool = False) -> Exception | None:
+        """As `send`, and free the full gradients; what is wrong with one, which is left out."""
+        error = self._take(grads)
+        self.send(grads, transient=transient)
+        grads.free()
+        return error
+
+    def take_in_place(self, grads: BucketGrads) -> Exception | None:
+        """As `send_and_free`, where nothing is exchanged."""
+        error = self._take(grads)
+        if self.landed is not None:
+            self.landed(grads)
+        grads.free()
+        return error
+
+    def _take(self, grads: BucketGrads) -> Exception | None:
+        """Look at local gradients; what is wrong with one, which is left out.
+
+        The other ranks wait in the exchange: join them, and raise when all meet.
+        """
+        grads.look()
+        error = None
+        while (found := grads.misfit()) is not None:
+            index, error = found
+            grads.local[index] = None
+        grads.present = [
+            before or grad is not None
+            for before, grad in zip(grads.present, grads.local, strict=True)
+        ]
+        return error
+
+    @torch.no_grad()
+    def land(self) -> None:
+        """Wait for all that is under way."""
+        while self._under_way:
+            self._land_first()
+
+    def _land_first(self) -> None:
+        grads, mean, exchange = self._under_way[0]
+        exchange.wait()
+        self._under_way.popleft()
+        if grads is None:
             return
-        for index, (param, grad) in enumerate(zip(bucket.params, local, strict=True)):
-            if grad is not None:
-                grads.present[index] = True
-                param.grad = None
+        if grads.shard is None or grads.shard.data_ptr() == mean.data_ptr():
+            grads.shard = mean
+        else:
+            grads.shard += mean
+        if self.landed is not None:
+            self.landed(grads)
 
 
 def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _arrived(reducer: "weakref.ref[GradReducer]", index: int, param: Tensor) -> None:
-    """The hook on a param. It does not keep a discarded optimizer alive, and then does nothing."""
-    alive = reducer()
-    if alive is not None:
-        alive.on_grad(index)
-
-
-def _fits(kind: tuple[torch.dtype, torch.Size, torch.device], grad: Tensor) -> bool:
-    """Whether a gradient is dense and of its param's dtype, shape and device.
-
-    autograd and the setter of .grad see to most of it; a param changed by .data slips through.
-    """
-    dtype, shape, device = kind
-    return (
-        grad.dtype is dtype
-        and grad.shape == shape
-        and grad.device == device
-        and grad.layout is torch.strided
-    )
 
 
 def _misfit(name: str, param: Tensor, grad: Tensor) -> Exception:

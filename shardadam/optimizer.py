@@ -1,6 +1,7 @@
 """The sharded optimizer: what Adam, AdamW and NAdam share. `step()` reads as its phases."""
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,15 +11,18 @@ from torch._compile import _disable_dynamo
 
 from shardadam import amp, clipping, placement
 from shardadam.agreement import Point, Range, digest, first_difference, meet
+from shardadam.backward import Backward
 from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
-from shardadam.gradients import GradReducer
-from shardadam.kernels import Hyperparameters, Run, backend_for
+from shardadam.forward import ForwardGate
+from shardadam.gathers import Gathers
+from shardadam.gradients import BucketGrads, GradReducer
+from shardadam.kernels import Hyperparameters, backend_for
 from shardadam.options import Options
-from shardadam.runs import bucket_runs
 from shardadam.sharded_state import ShardedState
 from shardadam.shown_state import ShownState
-from shardadam.steps import DeviceSteps, HostSteps, Planned, Steps
+from shardadam.steps import DeviceSteps, HostSteps, Steps
+from shardadam.updates import add_amsgrad, plan
 
 _Seen = dict[str, Range]
 
@@ -47,18 +51,29 @@ class ShardedOptimizer(ShardedState):
         """Take over the params: the last act of construction. A copy's ``rounds`` are given."""
         device = placement.single_device(self.param_groups)
         self._options = options
-        self._communicator = Communicator(options.process_group, device)
         self._backend = backend_for(device)
+        self._communicator = Communicator(options.process_group, device, self._backend.mean)
         self._steps: Steps = (
             DeviceSteps(self._backend) if self._backend.folds_on_device else HostSteps()
         )
-        self._reducer = GradReducer(self._communicator, options.grad_sync, options.shard_grads)
+        early = options.update_in_backward
+        shard_grads = options.shard_grads or early
+        self._reducer = GradReducer(self._communicator, options.grad_sync, shard_grads)
+        self._backward = Backward(
+            self._reducer,
+            self._communicator,
+            weakref.WeakMethod(self._check_early) if early else None,
+            weakref.WeakMethod(self._update) if early else None,
+        )
+        self._gathers = Gathers(self._communicator)
+        self._gate: ForwardGate | None = None
         self._buckets: list[FlatBucket] = []
         self._clipped: clipping.Clipped | None = None
         self._broken: str | None = None
         self.grad_norm = None
         self._sharded = True
         self._places: dict[Tensor, tuple[FlatBucket, int]] = {}
+        self._placed: set[int] = set()
         self._rounds: list[Sequence[placement.Candidate]] = []
         self.state = self._shown = ShownState()
         self._edited: list[str] = []
@@ -68,7 +83,7 @@ class ShardedOptimizer(ShardedState):
     def _place(self, candidates: Sequence[placement.Candidate] | None = None) -> None:
         """Lay out the params that have no place yet: new ones, unfrozen ones. Collective."""
         if candidates is None:
-            candidates = placement.unplaced(self.param_groups, self._places)
+            candidates = placement.unplaced(self.param_groups, self._placed)
         settings = placement.hyperparameters(self.param_groups, self.defaults)
         settings += [type(self).__name__, *self._options.lines()]
         buckets = placement.place(
@@ -82,9 +97,14 @@ class ShardedOptimizer(ShardedState):
         self._rounds.append(candidates)
         self._buckets += buckets
         self._reducer.add(buckets)
+        if self._reducer.eager or self._options.update_in_backward:
+            self._backward.watch(buckets)
+        if self._gate is not None:
+            self._gate.forget_places()
         self._shown.add(c.param for c in candidates)  # in torch's order, which is not the buckets'
         for bucket in buckets:
             self._places.update((param, (bucket, i)) for i, param in enumerate(bucket.params))
+            self._placed.update(map(id, bucket.params))
             self._shown.show(bucket)
             self._steps.watch(bucket)
 
@@ -121,19 +141,13 @@ class ShardedOptimizer(ShardedState):
                 loss = closure()
         seen = self._meet(Point.STEP)
         scaling = amp.agree(self, self._communicator, seen["scaled"])
-        if not self._skips(scaling):
+        if not self._skips(scaling) and not self._reducer.updated:
             self._reduce(seen, scaling)
-            factor = self._clip(scaling)
-            runs, steps = self._plan(factor)
-            with self._broken_by_errors():
-                skip = scaling.skip if self._backend.folds_on_device else None
-                self._steps.commit(steps, factor, skip)
-                self._backend.update(runs, skip)
-                self._communicator.all_gather([planned.bucket.flat for planned in steps])
-            for run in runs:
-                run.release()
-            # Kernels write raw memory: autograd must learn that what it saved has changed.
-            torch.autograd.graph.increment_version(self._reducer.updated())
+            # What the next forward pass reads first comes first.
+            buckets = [grads for grads in reversed(self._reducer.grads) if any(grads.present)]
+            self._update(buckets, self._clip(scaling), scaling.skip)
+        if self._gate is None or not self._gate.open:
+            self.synchronize()
         self._forget_grads()
         return loss
 
@@ -142,9 +156,11 @@ class ShardedOptimizer(ShardedState):
         error: Exception | None = None
         late: list[placement.Candidate] = []
         try:
+            self._check_usable()
+            self.synchronize()
             self._take_edits()
-            self._check()
-            late = placement.unplaced(self.param_groups, self._places)
+            self._check_grads()
+            late = placement.unplaced(self.param_groups, self._placed)
         except (ValueError, RuntimeError) as caught:
             error = caught
         settings: list[str] = []
@@ -205,27 +221,70 @@ class ShardedOptimizer(ShardedState):
             return coefficient
         return (1.0 if coefficient is None else coefficient) / scaling.scale
 
-    def _plan(self, factor: Tensor | None) -> tuple[list[Run], list[Planned]]:
-        """The runs to be updated and the steps to be counted; changes nothing."""
-        runs: list[Run] = []
-        steps = []
+    @torch.no_grad()
+    def _update(
+        self,
+        buckets: Sequence[BucketGrads],
+        factor: Tensor | None = None,
+        skip: Tensor | None = None,
+    ) -> None:
+        """Update bucket by bucket, each one's params being gathered while the next is updated."""
+        skip = skip if self._backend.folds_on_device else None
         hypers = [self._hyperparameters(group) for group in self.param_groups]
-        for grads in self._reducer.grads:
-            if any(grads.present):
-                bucket = grads.bucket
-                amsgrad = any(self.param_groups[group].get("amsgrad") for group in bucket.groups)
-                if amsgrad and "max_exp_avg_sq" not in bucket.state:
-                    bucket.add_state("max_exp_avg_sq")
-                    self._shown.show(bucket)
-                planned = self._steps.plan(bucket, grads.present, hypers, factor)
-                steps.append(planned)
-                runs += bucket_runs(grads, planned.coefficients, self.param_groups)
-        self._backend.prepare(runs)
-        return runs, steps
+        updates = []
+        for grads in buckets:
+            if add_amsgrad(grads.bucket, self.param_groups):
+                self._shown.show(grads.bucket)
+            updates.append(plan(grads, self._steps, self.param_groups, hypers, factor))
+        self._backend.prepare([run for update in updates for run in update.runs])
+        with self._broken_by_errors():
+            self._steps.commit([update.steps for update in updates], factor, skip)
+            for update in updates:
+                self._backend.update(update.runs, skip)
+                self._gathers.start(update.grads.bucket, update.grads.updated_params())
+        for run in (run for update in updates for run in update.runs):
+            run.release()
+
+    def _check_early(self) -> None:
+        """Raise what `step()` would, before a backward pass updates anything."""
+        if self._reducer.updated:
+            raise RuntimeError(
+                "a second backward pass, and update_in_backward=True has updated the params in the "
+                "first: expected step() after each, or the earlier ones under no_sync()"
+            )
+        self._take_edits()
+        self._check_usable()
 
     def _hyperparameters(self, group: dict[str, Any]) -> Hyperparameters:
         """A param group's, as the rule reads them."""
         raise NotImplementedError
+
+    def overlap_gather(self, model: torch.nn.Module) -> None:
+        """From now on, let `step()` return while params are still being gathered.
+
+        Every module of ``model`` waits for its own just before its forward; so do ``state_dict()``
+        and ``load_state_dict()``. The first forward pass is watched, to learn which module reads
+        which params, and overlaps nothing. Whoever reads or writes params elsewhere (an EMA, a
+        norm of weights, a method called past forward) calls `synchronize()` first. To be called
+        again when modules have been added; after torch.compile, with what it returned.
+
+        Raises:
+            ValueError: the model was compiled in place.
+        """
+        self.synchronize()
+        if self._gate is not None:
+            self._gate.remove()
+            self._gate = None
+        if self._communicator.world_size > 1:
+            self._gate = ForwardGate(model, self._places, self._gathers)
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Wait until this rank has all updated params. Needed only after `overlap_gather()`."""
+        if self._gathers.under_way:
+            with self._broken_by_errors():
+                self._gathers.wait_for_all()
 
     # ---- gradients ------------------------------------------------------------------------------
 
@@ -242,8 +301,14 @@ class ShardedOptimizer(ShardedState):
             The norm before clipping, a 0-dim tensor; also in ``grad_norm``.
 
         Raises:
-            RuntimeError: the norm is not finite, with ``error_if_nonfinite``.
+            RuntimeError: the norm is not finite, with ``error_if_nonfinite``; with
+                ``update_in_backward``.
         """
+        if self._options.update_in_backward:
+            raise RuntimeError(
+                "clip_grad_norm_() needs all gradients, and update_in_backward=True has none left "
+                "after backward: expected shard_grads=True in its place"
+            )
         self._clipped = None
         seen = self._meet(Point.CLIP, f"max_norm={max_norm}, {error_if_nonfinite=}")
         self._reduce(seen, amp.agree(self, self._communicator, seen["scaled"]))
@@ -265,8 +330,11 @@ class ShardedOptimizer(ShardedState):
         pass, and costs the memory of the full gradients. Without it nothing is exchanged before
         `step()` anyway.
         """
-        with self._reducer.no_sync():
+        before, self._backward.syncing = self._backward.syncing, False
+        try:
             yield
+        finally:
+            self._backward.syncing = before
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch.optim; also forgets gradients that are already sharded."""
@@ -285,18 +353,27 @@ class ShardedOptimizer(ShardedState):
 
     # ---- checks ---------------------------------------------------------------------------------
 
-    def _check(self) -> None:
-        """Raise for what is wrong on this rank, before anything is exchanged or changed."""
+    def _check_grads(self) -> None:
+        """Raise for gradients that can't be used, before anything is exchanged or changed."""
+        self._reducer.look()
+        self._reducer.check(any(group.get("differentiable") for group in self.param_groups))
+        clipping.check(self._clipped, self._reducer)
+        amp.check(self)
+
+    def _check_usable(self) -> None:
+        """Raise if an earlier step failed midway, or params are no longer the buckets' views."""
         if self._broken is not None:
             raise RuntimeError(
                 f"an earlier step() was broken off by {self._broken}: params and state of the "
                 "ranks may not belong together. Load a checkpoint into a new optimizer"
             )
+        if self._backward.failed:
+            raise RuntimeError(
+                "an earlier backward() was broken off by a gradient that can't be used, perhaps "
+                "after it had updated other params. Load a checkpoint into a new optimizer"
+            )
         for bucket in self._buckets:
             bucket.check_views()
-        self._reducer.check(any(group.get("differentiable") for group in self.param_groups))
-        clipping.check(self._clipped, self._reducer)
-        amp.check(self)
 
     @contextlib.contextmanager
     def _broken_by_errors(self) -> Iterator[None]:
@@ -312,9 +389,12 @@ class ShardedOptimizer(ShardedState):
             return super().__repr__()
         ranks = self._communicator
         held = sum(t.nbytes for bucket in self._buckets for t in bucket.state.values())
+        beside = (
+            "" if self._gate is None else f"gathered beside {self._gate.model_name}'s forward, "
+        )
         return (
             f"{super().__repr__()}\n"
             f"sharded: rank {ranks.rank} of {ranks.world_size} ({ranks.backend}), "
-            f"{self._options.describe_grads()}, {len(self._buckets)} buckets, "
+            f"{self._options.describe_grads()}, {beside}{len(self._buckets)} buckets, "
             f"{held:,} bytes of state on this rank, update by {self._backend.name}"
         )

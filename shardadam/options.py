@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -10,7 +10,7 @@ import torch.distributed as dist
 GradSync = Literal["mean", "none"]
 Master = Literal["auto", "split", "fp32"]
 
-DEFAULT_BUCKET_BYTES = 32 * 2**20
+DEFAULT_BUCKET_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Options:
     process_group: dist.ProcessGroup | None
     grad_sync: GradSync
     shard_grads: bool
+    update_in_backward: bool
     max_grad_norm: float | None
     master: Master
     bucket_bytes: int
@@ -33,6 +34,11 @@ class Options:
                 'shard_grads=True reduces gradients during backward, grad_sync="none" says that '
                 "they are not to be reduced: expected one of the two"
             )
+        if self.update_in_backward and self.max_grad_norm is not None:
+            raise ValueError(
+                "update_in_backward=True updates params before all gradients are there, and "
+                "max_grad_norm clips by the norm of all: expected one of the two"
+            )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"Invalid max_grad_norm: {self.max_grad_norm}, expected more than 0")
         if self.bucket_bytes <= 0:
@@ -40,11 +46,13 @@ class Options:
 
     def describe_grads(self) -> str:
         """How gradients are exchanged, for the user."""
+        if self.update_in_backward:
+            return f"updated in backward, grad_sync={self.grad_sync!r}"
         return "sharded in backward" if self.shard_grads else f"grad_sync={self.grad_sync!r}"
 
     def lines(self) -> list[str]:
         """What must be equal on every rank, a line each."""
-        names = ("grad_sync", "shard_grads", "max_grad_norm", "master", "bucket_bytes")
+        names = [field.name for field in fields(self) if field.name != "process_group"]
         return [f"{name}={getattr(self, name)!r}" for name in names]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Options:
@@ -55,14 +63,7 @@ class Options:
         """Without a process group: the default one is found again where it is read back."""
         if self.process_group not in (None, dist.group.WORLD if dist.is_available() else None):
             raise TypeError("an optimizer with a process_group of its own can't be serialized")
-        return Options, (
-            None,
-            self.grad_sync,
-            self.shard_grads,
-            self.max_grad_norm,
-            self.master,
-            self.bucket_bytes,
-        )
+        return Options, (None, *(getattr(self, field.name) for field in fields(self)[1:]))
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

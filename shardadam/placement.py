@@ -70,15 +70,14 @@ def named(index: int, group: dict[str, Any]) -> list[tuple[str, Tensor]]:
     return list(zip(names, group["params"], strict=True))
 
 
-def unplaced(param_groups: Sequence[dict[str, Any]], placed: Iterable[Tensor]) -> list[Candidate]:
-    """The params that are to be optimized and have no place yet.
+def unplaced(param_groups: Sequence[dict[str, Any]], known: set[int]) -> list[Candidate]:
+    """The params that are to be optimized and have no place yet; ``known``: ids of those that do.
 
     Frozen ones are left out, and those on the meta device, as long as they have no gradient.
 
     Raises:
         RuntimeError: one on the meta device has a gradient.
     """
-    known = set(map(id, placed))  # a tensor's own hash is slow, and this runs at every step
 
     def wanted(param: Tensor) -> bool:
         if id(param) in known or not (param.requires_grad or param.grad is not None):

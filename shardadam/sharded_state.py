@@ -39,6 +39,10 @@ class ShardedState(torch.optim.Optimizer):
     def _forget_grads(self) -> None:
         raise NotImplementedError
 
+    def synchronize(self) -> None:
+        """Wait until this rank has all updated params."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def _take_edits(self) -> None:
         """Take what was put into ``self.state``, see [Note: state by hand]."""
@@ -132,6 +136,7 @@ class ShardedState(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """As in torch.optim, for pickling and copying."""
         self._take_edits()
+        self.synchronize()
         ids = {param: param for param in self._places}
         packed = pack(super().__getstate__(), ids, self._places, self._communicator)
         return {**packed, "_options": self._options, "_rounds": self._rounds}
@@ -144,6 +149,7 @@ class ShardedState(torch.optim.Optimizer):
         if not self._sharded:
             super().__setstate__({**state, "state": {}})
             self._shard(self._options, rounds)
+        self.synchronize()
         for write in plan_load(self.param_groups, self._places, self._communicator, given):
             write()
         self._show(others(state))

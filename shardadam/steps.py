@@ -64,29 +64,32 @@ class HostSteps:
         factor: Tensor | None,
     ) -> Planned:
         """As in `Steps`."""
-        spans = bucket.bucket.spans
-        counted = bucket.scalars["step"] + torch.tensor(present)
+        everywhere = all(present)
+        counted = bucket.scalars["step"] + (1 if everywhere else torch.tensor(present))
         scalars = {"step": counted}
-        steps = counted.tolist()
-        products = [1.0] * len(spans)
-        if "mu_product" in bucket.scalars:
-            products = bucket.scalars["mu_product"].tolist()
-            for index, span in enumerate(spans):
+        groups, steps, spans = bucket.span_groups, counted.tolist(), len(present)
+        before = bucket.scalars.get("mu_product")
+        products = [1.0] * spans if before is None else before.tolist()
+        columns: tuple[list[Any], ...] = groups, steps, products
+        alike = everywhere and all(column.count(column[0]) == spans for column in columns)
+        times = spans if alike else 1
+        if alike:  # as nearly always: one span stands for all
+            present, groups, steps, products = [True], groups[:1], steps[:1], products[:1]
+        if before is not None:
+            for index, group in enumerate(groups):
                 if present[index]:
-                    products[index] *= hypers[span.group].momentum(steps[index])
-            scalars["mu_product"] = torch.tensor(products, dtype=torch.float64)
+                    products[index] *= hypers[group].momentum(steps[index])
+            scalars["mu_product"] = torch.tensor(products * times, dtype=torch.float64)
         grad_factor = 1.0 if factor is None else float(factor)
-        shared: dict[tuple[float, ...], Coefficients] = {}
-        coefficients: list[Coefficients | Slot | None] = [None] * len(spans)
-        for index, span in enumerate(spans):
-            if present[index]:
-                key = (span.group, steps[index], products[index])
-                if key not in shared:
-                    shared[key] = fold(
-                        hypers[span.group], steps[index], products[index], grad_factor
-                    )
-                coefficients[index] = shared[key]
-        return Planned(bucket, coefficients, scalars=scalars)
+        keys = list(zip(groups, steps, products, strict=True))
+        shared = {
+            key: fold(hypers[key[0]], key[1], key[2], grad_factor)
+            for key in dict.fromkeys(itertools.compress(keys, present))
+        }
+        coefficients: list[Coefficients | Slot | None] = [
+            shared[key] if there else None for key, there in zip(keys, present, strict=True)
+        ]
+        return Planned(bucket, coefficients * times, scalars=scalars)
 
     def commit(
         self, planned: Sequence[Planned], factor: Tensor | None, skip: Tensor | None
@@ -177,7 +180,7 @@ class _Known:
     """
 
     def __init__(self, bucket: FlatBucket) -> None:
-        self.groups = [span.group for span in bucket.bucket.spans]
+        self.groups = bucket.span_groups
         self.table = torch.zeros(
             (len(self.groups), len(Coefficients.__slots__)),
             dtype=torch.float64,

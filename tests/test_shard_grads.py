@@ -1,9 +1,7 @@
 """shard_grads=True (ZeRO-2): gradients are reduced and freed during backward."""
 
 import contextlib
-import ctypes
 import math
-import resource
 
 import pytest
 import torch
@@ -13,8 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import shardadam
 from models import loss_of, mlp, same, train, values
 from ranks import run_ranks
-
-_M_MMAP_THRESHOLD = -3  # of malloc.h
+from training_peak import PARAM_BYTES, peak_of_training
 
 
 def modes_agree(rank: int) -> None:
@@ -225,25 +222,11 @@ def test_ddps_gradients_do_not_count_twice():
     run_ranks(2, within_ddp)
 
 
-def peak(rank: int, shard_grads: bool) -> int:
-    """Bytes by which training raises the peak of resident memory."""
-    # Let glibc give back what is freed at once, so that the peak is that of what is in use.
-    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 65536)
-    torch.manual_seed(0)
-    model = nn.Sequential(*[nn.Linear(1000, 1000, bias=False) for _ in range(40)])
-    optimizer = shardadam.AdamW(model.parameters(), shard_grads=shard_grads, bucket_bytes=1 << 22)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(2):
-        model(torch.randn(2, 1000)).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-
-
 def test_full_gradients_never_exist_at_once():
-    full = 40 * 4_000_000
-    plain = max(run_ranks(2, peak, False))
-    sharded = max(run_ranks(2, peak, True))
-    # Plain: all gradients, and their fp32 shards. Sharded: the shards, and a few buckets.
+    full = 40 * PARAM_BYTES
+    plain = max(run_ranks(2, peak_of_training, {}))
+    sharded = max(run_ranks(2, peak_of_training, {"shard_grads": True}))
+    # Plain: all gradients, and their fp32 shards. Sharded: the shards, two buckets under way, each
+    # packed and received, and what backward makes meanwhile.
     assert plain >= 1.5 * full
-    assert sharded <= 0.5 * full + 4 * 4_200_000
+    assert sharded <= 0.5 * full + 8 * 1.05 * PARAM_BYTES

@@ -88,6 +88,8 @@ class Sharded(Training):
 
 
 OURS, OURS_ZERO2 = "shardadam", "shardadam, shard_grads"
+OURS_OVERLAP = "shardadam, shard_grads, overlap_gather"
+OURS_EARLY = "shardadam, update_in_backward, overlap_gather"
 
 
 @contender(OURS)
@@ -100,6 +102,22 @@ def _ours(model: nn.Module, units: Units, dtype: torch.dtype) -> Training:
 def _ours_zero2(model: nn.Module, units: Units, dtype: torch.dtype) -> Training:
     model.to(dtype)
     return Sharded(model, shardadam.AdamW(model.parameters(), lr=LR, shard_grads=True))
+
+
+@contender(OURS_OVERLAP)
+def _ours_overlap(model: nn.Module, units: Units, dtype: torch.dtype) -> Training:
+    model.to(dtype)
+    optimizer = shardadam.AdamW(model.parameters(), lr=LR, shard_grads=True)
+    optimizer.overlap_gather(model)
+    return Sharded(model, optimizer)
+
+
+@contender(OURS_EARLY)
+def _ours_early(model: nn.Module, units: Units, dtype: torch.dtype) -> Training:
+    model.to(dtype)
+    optimizer = shardadam.AdamW(model.parameters(), lr=LR, update_in_backward=True)
+    optimizer.overlap_gather(model)
+    return Sharded(model, optimizer)
 
 
 # ---- torch's ----------------------------------------------------------------------------------

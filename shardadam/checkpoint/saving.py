@@ -230,7 +230,8 @@ def _begin(
 
 
 def check_optimizer(optimizer: ShardedOptimizer) -> None:
-    """Raise if the optimizer's params are no longer its own, or its last step was broken off."""
+    """Wait for its params; raise if they are no longer its own, or a step was broken off."""
+    optimizer.synchronize()
     if optimizer._broken is not None:
         raise RuntimeError(f"an earlier step() was broken off by {optimizer._broken}")
     for bucket in optimizer._buckets:

@@ -1,0 +1,145 @@
+"""update_in_backward=True: a bucket's shard is updated as soon as backward has its gradients."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+
+import shardadam
+from models import loss_of, mlp, same, train, values
+from ranks import run_ranks
+from training_peak import PARAM_BYTES, peak_of_training
+
+
+def bitwise_same(rank: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    results = []
+    for early in (False, True):
+        for gate in (False, True):
+            model = mlp(dtype)
+            model[2].bias.requires_grad_(False)
+            optimizer = shardadam.AdamW(
+                model.named_parameters(), update_in_backward=early, bucket_bytes=4096
+            )
+            if gate:
+                optimizer.overlap_gather(model)
+            scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=5)
+            for seed in range(100 * rank, 100 * rank + 6):
+                loss_of(model, seed).backward()
+                if early:
+                    assert all(param.grad is None for param in model.parameters())
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            optimizer.synchronize()
+            results.append(values(model))
+    assert all(same(result, results[0]) for result in results)
+    return results[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_results_are_the_same_bits(world_size, dtype):
+    results = run_ranks(world_size, bitwise_same, dtype)
+    assert all(same(result, results[0]) for result in results)
+
+
+def unused(rank: int) -> tuple[list[float], list[torch.Tensor]]:
+    """Each rank leaves out another layer, one is left out by all."""
+    results = []
+    for early in (False, True):
+        torch.manual_seed(0)
+        layers = nn.ModuleList([nn.Linear(20, 20) for _ in range(6)])
+        optimizer = shardadam.AdamW(
+            layers.parameters(), update_in_backward=early, bucket_bytes=2048
+        )
+        for _ in range(3):
+            hidden = torch.randn(4, 20)
+            for index, layer in enumerate(layers):
+                if index not in (rank, 5):
+                    hidden = layer(hidden).relu()
+            hidden.sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        steps = [optimizer.state[layer.weight]["step"].item() for layer in layers]
+        results.append((steps, values(layers)))
+    assert results[0][0] == results[1][0] == [3, 3, 3, 3, 3, 0]
+    assert same(results[0][1], results[1][1])
+    return results[0]
+
+
+def test_params_that_some_or_all_ranks_leave_out():
+    run_ranks(2, unused)
+
+
+def accumulation(rank: int) -> None:
+    results = []
+    for early in (False, True):
+        for last_too in (False, True):
+            model = mlp()
+            optimizer = shardadam.AdamW(
+                model.parameters(), update_in_backward=early, bucket_bytes=4096
+            )
+            for step in range(3):
+                with optimizer.no_sync():
+                    loss_of(model, 10 * step + rank).backward()
+                with optimizer.no_sync() if last_too else contextlib.nullcontext():
+                    loss_of(model, 10 * step + 5 + rank).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            results.append(values(model))
+    assert all(same(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_accumulation_under_no_sync(world_size):
+    run_ranks(world_size, accumulation)
+
+
+def second_backward(rank: int) -> None:
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters(), update_in_backward=True)
+    loss_of(model, rank).backward()
+    after_one = values(model)
+    with pytest.raises(RuntimeError, match="a second backward pass"):
+        loss_of(model, rank).backward()
+    assert same(values(model), after_one)
+    optimizer.zero_grad()
+    train(model, optimizer, range(2))
+    with pytest.raises(RuntimeError, match=r"clip_grad_norm_\(\) needs all gradients"):
+        optimizer.clip_grad_norm_(1.0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_it_can_not_do_is_said(world_size):
+    run_ranks(world_size, second_backward)
+
+
+def test_global_clipping_is_refused():
+    with pytest.raises(ValueError, match="max_grad_norm clips by the norm of all"):
+        shardadam.AdamW(mlp().parameters(), update_in_backward=True, max_grad_norm=1.0)
+
+
+def sparse_on_one_rank(rank: int) -> None:
+    model = nn.ModuleDict(
+        {"table": nn.Embedding(10, 8, sparse=rank == 1), "linear": nn.Linear(8, 8)}
+    )
+    optimizer = shardadam.AdamW(model.named_parameters(), update_in_backward=True)
+    message = "table.weight: Adam does not support sparse" if rank else "another rank stopped"
+    with pytest.raises(RuntimeError, match=message):
+        model["linear"](model["table"](torch.arange(4))).sum().backward()
+    with pytest.raises(RuntimeError, match=r"an earlier backward\(\) was broken off"):
+        optimizer.step()
+
+
+def test_a_bad_gradient_of_one_rank_stops_all():
+    run_ranks(2, sparse_on_one_rank)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_no_full_set_of_gradients_ever_exists(world_size):
+    plain = max(run_ranks(world_size, peak_of_training, {}))
+    early = max(run_ranks(world_size, peak_of_training, {"update_in_backward": True}))
+    assert plain >= 40 * PARAM_BYTES
+    # Two buckets under way, each packed, received and averaged, and what is accumulated meanwhile.
+    assert early <= 8 * 1.05 * PARAM_BYTES
