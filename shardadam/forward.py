@@ -56,6 +56,7 @@ class ForwardGate:
         self._watch: _Watch | None = None
         self._watching: list[RemovableHandle] = []
         self._handles: list[RemovableHandle] = []
+        self._others: list[FlatBucket] | None = None
         hook = _Hook(self, ForwardGate.wait_for_all)
         for module in model.modules():
             self._handles += [
@@ -70,6 +71,8 @@ class ForwardGate:
             self._watching.append(module.register_forward_hook(leave, always_call=True))
         self._watching.append(model.register_forward_hook(_Hook(self, ForwardGate._watched)))
         self._watching.append(model.register_forward_hook(root_out, always_call=True))
+        # So that a param that nobody has waited for, and that was read, is an error in backward.
+        self._handles.append(model.register_forward_hook(hook))
 
     def remove(self) -> None:
         """Take the hooks off again."""
@@ -80,6 +83,15 @@ class ForwardGate:
     def forget_places(self) -> None:
         """Params have been placed: look buckets up again."""
         self._buckets.clear()
+        self._others = None
+
+    def others(self) -> list[FlatBucket]:
+        """The buckets of which a param is in no module of the model: no hook waits for it."""
+        if self._others is None:
+            known = {param for params in self._reads.values() for param in params}
+            places = self._places.items()
+            self._others = list({place[0]: None for param, place in places if param not in known})
+        return self._others
 
     def wait(self, module: nn.Module, *_: Any) -> None:
         """Before ``module`` runs."""
@@ -95,12 +107,13 @@ class ForwardGate:
             self._gathers.wait(buckets)
 
     def wait_for_all(self, *_: Any) -> None:
-        """Before a state dict is made or loaded."""
+        """Before a state dict is made or loaded, and after the model has run."""
         self._gathers.wait_for_all()
 
     # ---- the first forward pass -----------------------------------------------------------------
 
     def _begin(self, model: nn.Module, *_: Any) -> None:
+        self._end(model)  # a KeyboardInterrupt calls no hooks
         if model.training:
             self._watch = _Watch(set(map(id, self._places)))
             self._watch.__enter__()  # type: ignore[no-untyped-call]
