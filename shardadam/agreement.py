@@ -123,6 +123,11 @@ def meet(
     }
 
 
+def difference(communicator: Communicator, lines: Sequence[str]) -> ValueError:
+    """The error for ``lines`` that are not the same on every rank. Collective."""
+    return ValueError(f"ranks differ: {first_difference(communicator.exchange(lines))}")
+
+
 def first_difference(descriptions: Sequence[Sequence[str]]) -> str:
     """Name the first entry in which the ranks' lists of descriptions differ."""
     for index in range(max(len(lines) for lines in descriptions)):

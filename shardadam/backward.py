@@ -6,19 +6,38 @@ exchange goes on beside the rest of the backward pass. Where the update is made 
 follows as soon as a bucket has been reduced, and no more than a few buckets' gradients ever exist.
 """
 
+from __future__ import annotations
+
 import functools
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from shardadam.agreement import Point, digest, meet
+from shardadam.agreement import Point, difference, digest, meet
 from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
 from shardadam.exchange import Union
-from shardadam.gradients import BucketGrads, GradReducer
+from shardadam.gradients import BucketGrads, GradReducer, not_the_same
+
+
+class EarlyUpdate(NamedTuple):
+    """The optimizer's methods, where it updates in backward.
+
+    ``check`` raises what is wrong before the first update, and returns what must be equal on every
+    rank, a line each; ``update`` updates buckets that have been reduced; ``settle`` ends a pass.
+    """
+
+    check: weakref.WeakMethod[Any]
+    update: weakref.WeakMethod[Any]
+    settle: weakref.WeakMethod[Any]
+
+    @classmethod
+    def of(cls, *methods: Callable[..., Any]) -> EarlyUpdate:
+        """Of the methods in their order: the hooks must not keep the optimizer alive."""
+        return cls(*[weakref.WeakMethod(method) for method in methods])
 
 
 class Backward:
@@ -27,20 +46,18 @@ class Backward:
     Attributes:
         syncing: whether to; False under `no_sync()`.
         failed: whether a rank's gradient stopped the updates of a backward pass midway.
-        check, update: the optimizer's, where it updates in backward: raises before the first
-            update what is wrong; updates buckets that have been reduced.
+        early: what the optimizer does in backward, where it updates there.
     """
 
     def __init__(
         self,
         reducer: GradReducer,
         communicator: Communicator,
-        check: weakref.WeakMethod[Any] | None,
-        update: weakref.WeakMethod[Any] | None,
+        early: EarlyUpdate | None,
     ) -> None:
         self.syncing = True
         self.failed = False
-        self.check, self.update = check, update
+        self.early = early
         self._reducer, self._communicator = reducer, communicator
         self._arrived: list[int] = []
         self._expected: list[int] = []
@@ -48,7 +65,7 @@ class Backward:
         self._pass: int | None = None  # autograd's id of the backward pass under way
         self._error: Exception | None = None  # for its end
         self._presence: dict[BucketGrads, Union] = {}
-        if update is not None:
+        if early is not None:
             reducer.landed = self._landed
 
     def watch(self, buckets: Sequence[FlatBucket]) -> None:
@@ -60,6 +77,27 @@ class Backward:
                     hook = functools.partial(_arrived, this, index)
                     param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
+    def check(self) -> None:
+        """Raise RuntimeError if an earlier pass left updates half made."""
+        if self.early is None:
+            return
+        if self.failed:
+            raise RuntimeError(
+                "an earlier backward() was broken off by a gradient that can't be used, perhaps "
+                "after it had updated other params. Load a checkpoint into a new optimizer"
+            )
+        if self._pass is not None:
+            raise RuntimeError(
+                "a backward pass was broken off, or has another inside it, and "
+                "update_in_backward=True may have updated some params and not others: expected "
+                "zero_grad() after an error, and no checkpoint(use_reentrant=True)"
+            )
+
+    def forget(self) -> None:
+        """Forget a pass that was broken off."""
+        self._pass = None
+        self._presence.clear()
+
     def on_grad(self, index: int) -> None:
         """A gradient of bucket ``index`` has been accumulated by the backward pass under way."""
         if not self.syncing:
@@ -68,8 +106,8 @@ class Backward:
         under_way = torch._C._current_graph_task_id()
         if self._pass != under_way:
             # Also after a backward pass that was broken off by an exception.
-            self._pass = under_way
             self._begin()
+            self._pass = under_way
         self._arrived[index] += 1
         # Every rank must reduce the same bucket at the same time, whatever the order they fill in.
         while self._sent < len(self._expected):
@@ -79,34 +117,60 @@ class Backward:
 
     def _begin(self) -> None:
         self._sent, self._error = 0, None
-        self._presence.clear()
         params = [grads.bucket.params for grads in self._reducer.grads]
         self._arrived = [0] * len(params)
         self._expected = [sum(param.requires_grad for param in bucket) for bucket in params]
-        error = None
-        check = self.check and self.check()
-        if check is not None:
-            try:
-                check()
-            except (ValueError, RuntimeError) as caught:
-                error = caught
-        meet(self._communicator, Point.BACKWARD, error=error)
+        error, lines = None, []
+        try:
+            lines = self._check_early()
+        except (ValueError, RuntimeError) as caught:
+            error = caught
+        words = {"hyperparameters": digest("\n".join(lines))}
+        seen = meet(self._communicator, Point.BACKWARD, words, error)
+        if not seen["hyperparameters"].agreed:
+            raise difference(self._communicator, lines)
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
         self._reducer.land()
+
+    def _check_early(self) -> list[str]:
+        """Raise before a pass updates anything what is wrong; what ranks must agree on."""
+        check = self.early and self.early.check()
+        if check is None:
+            return []
+        if self._reducer.updated:
+            raise RuntimeError(
+                "a second backward pass, and update_in_backward=True has updated the params in the "
+                "first: expected step() after each, or the earlier ones under no_sync()"
+            )
+        return list(check())
 
     def _send(self) -> None:
         grads = self._reducer.grads[self._sent]
         self._sent += 1
         if self._reducer.exchanges:
-            error = self._reducer.send_and_free(grads, transient=self.update is not None)
-            if self.update is not None:
+            error = self._reducer.send_and_free(grads, transient=self.early is not None)
+            if self.early is not None:
                 # Before the update all must know which params any rank has a gradient of, and
                 # whether any has one that can't be used.
                 flags = [*grads.present, error is not None]
                 self._presence[grads] = self._communicator.start_union(flags)
+            self._error = self._error or error
         else:
-            error = self._reducer.take_in_place(grads)
-        self._error = self._error or error
+            self._update_in_place(grads)
+
+    def _update_in_place(self, grads: BucketGrads) -> None:
+        """Update a bucket whose gradients need no exchange: only on all ranks or on none."""
+        error = self._reducer.take(grads)
+        words = {"present": digest(bytes(grads.present))}
+        try:
+            seen = meet(self._communicator, Point.BACKWARD, words, error)
+            if not seen["present"].agreed:
+                raise not_the_same()
+        except (ValueError, RuntimeError):
+            self.failed = True
+            raise
+        self._landed(grads)
+        grads.free()
 
     def _landed(self, grads: BucketGrads) -> None:
         """Update a bucket that this pass has reduced."""
@@ -117,15 +181,16 @@ class Backward:
             *grads.present, failed = flags.wait()
             self.failed = self.failed or failed
         if not self.failed and any(grads.present):
-            assert self.update is not None
-            update = self.update()
+            assert self.early is not None
+            update = self.early.update()
             assert update is not None
             update([grads])
+            # Not only when gathered: what of this pass has saved a param must not use it any more.
+            torch.autograd.graph.increment_version(grads.updated_params())
         grads.updated, grads.shard = True, None
 
     def _end(self) -> None:
         """Reduce the buckets that did not fill (unused params), so that no rank waits for them."""
-        self._pass = None
         while self._sent < len(self._reducer.grads):
             self._send()
         self._reducer.land()
@@ -134,11 +199,15 @@ class Backward:
         seen = meet(self._communicator, Point.BACKWARD_END, words, self._error)
         if not seen["present"].agreed:
             present = self._communicator.union(present)
-        if self.update is None:
+        settle = self.early and self.early.settle()
+        if settle is not None:
+            settle()
+        else:
             self._reducer.reduce(present)
+        self._pass = None
 
 
-def _arrived(backward: "weakref.ref[Backward]", index: int, param: Tensor) -> None:
+def _arrived(backward: weakref.ref[Backward], index: int, param: Tensor) -> None:
     """The hook on a param. It does not keep a discarded optimizer alive, and then does nothing."""
     alive = backward()
     if alive is not None:

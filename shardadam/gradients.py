@@ -159,6 +159,14 @@ class GradReducer:
             found = grads.misfit()
             if found is not None:
                 raise found[1]
+            if grads.updated:
+                for name, grad in zip(grads.bucket.names, grads.local, strict=True):
+                    if grad is not None:
+                        raise ValueError(
+                            f"the gradient of {name} came after backward had updated it: expected "
+                            "all but the last backward pass under no_sync(), and no DDP wrapper "
+                            "with update_in_backward=True"
+                        )
         if self.eager and not self.left_over:
             for grads in self.grads:
                 for name, done, grad in zip(
@@ -252,7 +260,8 @@ class GradReducer:
         Entered by every rank, whether it has leftovers or not.
         """
         for grads in self.grads:
-            self.send_and_free(grads)
+            if not grads.updated:
+                self.send_and_free(grads)
         self.land()
 
     @torch.no_grad()
@@ -268,7 +277,6 @@ class GradReducer:
         while len(self._under_way) >= _LANES:
             self._land_first()
         lane = self._sent % _LANES
-        self._sent += 1
         bucket, ranks = grads.bucket, self._communicator
         packed = ranks.buffer(f"packed {lane}", bucket.bucket.numel, bucket.dtype)
         bucket.pack(grads.local, packed)
@@ -282,23 +290,16 @@ class GradReducer:
             mean = grads.memory()
         exchange = ranks.start_reduce_scatter_mean(packed, mean, lane)
         self._under_way.append((grads, mean, exchange))
+        self._sent += 1
 
     def send_and_free(self, grads: BucketGrads, transient: bool = False) -> Exception | None:
         """As `send`, and free the full gradients; what is wrong with one, which is left out."""
-        error = self._take(grads)
+        error = self.take(grads)
         self.send(grads, transient=transient)
         grads.free()
         return error
 
-    def take_in_place(self, grads: BucketGrads) -> Exception | None:
-        """As `send_and_free`, where nothing is exchanged."""
-        error = self._take(grads)
-        if self.landed is not None:
-            self.landed(grads)
-        grads.free()
-        return error
-
-    def _take(self, grads: BucketGrads) -> Exception | None:
+    def take(self, grads: BucketGrads) -> Exception | None:
         """Look at local gradients; what is wrong with one, which is left out.
 
         The other ranks wait in the exchange: join them, and raise when all meet.
@@ -332,6 +333,11 @@ class GradReducer:
             grads.shard += mean
         if self.landed is not None:
             self.landed(grads)
+
+
+def not_the_same() -> ValueError:
+    """The error for ranks whose gradients are said to be equal, and are not of the same params."""
+    return ValueError('grad_sync="none", but not every rank has gradients for the same params')
 
 
 def _capturing() -> bool:

@@ -1,7 +1,6 @@
 """The sharded optimizer: what Adam, AdamW and NAdam share. `step()` reads as its phases."""
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,13 +9,13 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from shardadam import amp, clipping, placement
-from shardadam.agreement import Point, Range, digest, first_difference, meet
-from shardadam.backward import Backward
+from shardadam.agreement import Point, Range, difference, digest, meet
+from shardadam.backward import Backward, EarlyUpdate
 from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
 from shardadam.forward import ForwardGate
 from shardadam.gathers import Gathers
-from shardadam.gradients import BucketGrads, GradReducer
+from shardadam.gradients import BucketGrads, GradReducer, not_the_same
 from shardadam.kernels import Hyperparameters, backend_for
 from shardadam.options import Options
 from shardadam.sharded_state import ShardedState
@@ -62,8 +61,7 @@ class ShardedOptimizer(ShardedState):
         self._backward = Backward(
             self._reducer,
             self._communicator,
-            weakref.WeakMethod(self._check_early) if early else None,
-            weakref.WeakMethod(self._update) if early else None,
+            EarlyUpdate.of(self._check_early, self._update, self._settle) if early else None,
         )
         self._gathers = Gathers(self._communicator)
         self._gate: ForwardGate | None = None
@@ -141,13 +139,13 @@ class ShardedOptimizer(ShardedState):
                 loss = closure()
         seen = self._meet(Point.STEP)
         scaling = amp.agree(self, self._communicator, seen["scaled"])
-        if not self._skips(scaling) and not self._reducer.updated:
+        if not self._skips(scaling):
             self._reduce(seen, scaling)
             # What the next forward pass reads first comes first.
-            buckets = [grads for grads in reversed(self._reducer.grads) if any(grads.present)]
-            self._update(buckets, self._clip(scaling), scaling.skip)
-        if self._gate is None or not self._gate.open:
-            self.synchronize()
+            left = [grads for grads in reversed(self._reducer.grads) if not grads.updated]
+            present = [grads for grads in left if any(grads.present)]
+            self._update(present, self._clip(scaling), scaling.skip)
+        self._settle()
         self._forget_grads()
         return loss
 
@@ -179,8 +177,7 @@ class ShardedOptimizer(ShardedState):
         }
         seen = meet(self._communicator, point, words, error)
         if not seen["hyperparameters"].agreed:
-            difference = first_difference(self._communicator.exchange(settings))
-            raise ValueError(f"ranks differ: {difference}")
+            raise difference(self._communicator, settings)
         self._edited.clear()
         if seen["late"].high:
             self._place()
@@ -201,9 +198,7 @@ class ShardedOptimizer(ShardedState):
         present = self._reducer.presence()
         if not seen["present"].agreed:
             if self._options.grad_sync == "none":
-                raise ValueError(
-                    'grad_sync="none", but not every rank has gradients for the same params'
-                )
+                raise not_the_same()
             present = self._communicator.union(present)
         self._reducer.reduce(present, scaling.rescale)
 
@@ -238,6 +233,7 @@ class ShardedOptimizer(ShardedState):
             updates.append(plan(grads, self._steps, self.param_groups, hypers, factor))
         self._backend.prepare([run for update in updates for run in update.runs])
         with self._broken_by_errors():
+            self._gathers.wait(grads.bucket for grads in buckets)  # of an earlier update
             self._steps.commit([update.steps for update in updates], factor, skip)
             for update in updates:
                 self._backend.update(update.runs, skip)
@@ -245,15 +241,19 @@ class ShardedOptimizer(ShardedState):
         for run in (run for update in updates for run in update.runs):
             run.release()
 
-    def _check_early(self) -> None:
-        """Raise what `step()` would, before a backward pass updates anything."""
-        if self._reducer.updated:
-            raise RuntimeError(
-                "a second backward pass, and update_in_backward=True has updated the params in the "
-                "first: expected step() after each, or the earlier ones under no_sync()"
-            )
-        self._take_edits()
+    def _check_early(self) -> list[str]:
+        """Raise what `step()` would, before a backward pass updates; what ranks must agree on."""
         self._check_usable()
+        self._take_edits()
+        return placement.hyperparameters(self.param_groups, self.defaults)
+
+    def _settle(self) -> None:
+        """Wait for the params that no module will wait for."""
+        if self._gate is None or not self._gate.open:
+            self.synchronize()
+        else:
+            with self._broken_by_errors():
+                self._gathers.wait(self._gate.others())
 
     def _hyperparameters(self, group: dict[str, Any]) -> Hyperparameters:
         """A param group's, as the rule reads them."""
@@ -343,6 +343,7 @@ class ShardedOptimizer(ShardedState):
 
     def _forget_grads(self) -> None:
         self._reducer.clear()
+        self._backward.forget()
         self._clipped = None
 
     def _measure_norm(self, scale: Tensor | None) -> Tensor:
@@ -367,11 +368,7 @@ class ShardedOptimizer(ShardedState):
                 f"an earlier step() was broken off by {self._broken}: params and state of the "
                 "ranks may not belong together. Load a checkpoint into a new optimizer"
             )
-        if self._backward.failed:
-            raise RuntimeError(
-                "an earlier backward() was broken off by a gradient that can't be used, perhaps "
-                "after it had updated other params. Load a checkpoint into a new optimizer"
-            )
+        self._backward.check()
         for bucket in self._buckets:
             bucket.check_views()
 

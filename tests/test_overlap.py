@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import shardadam
-from models import same, values
+from models import loss_of, mlp, same, values
 from ranks import run_ranks
 
 
@@ -137,6 +137,80 @@ def too_early(rank: int) -> None:
 
 def test_a_param_read_too_early_is_an_error_in_backward():
     run_ranks(2, too_early)
+
+
+class Branching(nn.Module):
+    """Reads a param that is not its own, but not in the first forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(100, 100, bias=False) for _ in range(2))
+        self.branches = False
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(hidden)
+        return hidden @ self.second.weight if self.branches else hidden
+
+
+def unseen(rank: int) -> None:
+    torch.manual_seed(0)
+    model = Branching()
+    optimizer = shardadam.AdamW(model.named_parameters(), bucket_bytes=2**15)
+    optimizer.overlap_gather(model)
+    (model(torch.ones(1, 100)) @ model.second.weight).sum().backward()
+    optimizer.step()
+    assert optimizer._gathers.under_way
+    model.branches = True
+    output = model(torch.ones(1, 100))
+    assert not optimizer._gathers.under_way
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_a_read_that_no_hook_has_seen_is_an_error_in_backward():
+    run_ranks(2, unseen)
+
+
+def elsewhere(rank: int) -> None:
+    """Params that are in no module of the model that waits are in place after step()."""
+    model, other = mlp(), mlp()
+    optimizer = shardadam.AdamW([*model.parameters(), *other[:2].parameters()], bucket_bytes=2**12)
+    optimizer.overlap_gather(model)
+    for grows in (False, True):
+        if grows:
+            optimizer.add_param_group({"params": list(other[2:].parameters())})
+        for _ in range(2):
+            (loss_of(model, rank) + loss_of(other, rank)).backward()
+            optimizer.step()
+        assert optimizer._gathers.under_way
+        params = {param for bucket in optimizer._gathers._under_way for param in bucket.params}
+        assert params.isdisjoint(other.parameters())
+
+
+def test_params_outside_of_the_model_are_not_left_under_way():
+    run_ranks(2, elsewhere)
+
+
+def interrupted(rank: int) -> None:
+    """In the first, watched forward pass: the next one is watched alone."""
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters())
+    optimizer.overlap_gather(model)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = model[2].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        loss_of(model, rank)
+    handle.remove()
+    loss_of(model, rank)
+    assert optimizer._gate.open
+    assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+
+
+def test_an_interrupted_first_pass_leaves_no_watch():
+    run_ranks(2, interrupted)
 
 
 def copied(rank: int) -> None:
