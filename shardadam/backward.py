@@ -66,7 +66,7 @@ class Backward:
         self._error: Exception | None = None  # for its end
         self._presence: dict[BucketGrads, Union] = {}
         if early is not None:
-            reducer.landed = self._landed
+            reducer.landed = weakref.WeakMethod(self._landed)
 
     def watch(self, buckets: Sequence[FlatBucket]) -> None:
         """Follow the gradients of more buckets, the reducer's last ones."""

@@ -8,9 +8,10 @@ While one bucket is under way the next is packed.
 
 import itertools
 import warnings
+import weakref
 from collections import deque
-from collections.abc import Callable
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ class GradReducer:
         self.eager = self.exchanges and shard_grads
         self.grads: list[BucketGrads] = []
         self.left_over = False  # gradients have been left in param.grad by no_sync()
-        self.landed: Callable[[BucketGrads], None] | None = None
+        self.landed: weakref.WeakMethod[Any] | None = None  # what follows, in backward
         self._communicator = communicator
         self._hint = self.exchanges
         self._under_way: deque[tuple[BucketGrads | None, Tensor, Exchange]] = deque()
@@ -259,6 +260,7 @@ class GradReducer:
 
         Entered by every rank, whether it has leftovers or not.
         """
+        self.land()  # what a pass that was broken off has left: into the same memory
         for grads in self.grads:
             if not grads.updated:
                 self.send_and_free(grads)
@@ -331,8 +333,9 @@ class GradReducer:
             grads.shard = mean
         else:
             grads.shard += mean
-        if self.landed is not None:
-            self.landed(grads)
+        landed = None if self.landed is None else self.landed()
+        if landed is not None:
+            landed(grads)
 
 
 def not_the_same() -> ValueError:

@@ -85,7 +85,7 @@ def sharded_gradients(rank: int) -> str:
     optimizer = shardadam.AdamW(model.parameters(), shard_grads=True)
     amp = scaler()
     amp.scale(loss_of(model, rank)).backward()
-    with pytest.raises(RuntimeError, match="expected shard_grads=False with GradScaler") as caught:
+    with pytest.raises(RuntimeError, match="expected neither with GradScaler") as caught:
         amp.step(optimizer)
     return str(caught.value)
 

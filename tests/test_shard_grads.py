@@ -133,6 +133,23 @@ def broken_off(rank: int) -> None:
     assert same(*results)
 
 
+def half_a_pass(rank: int) -> None:
+    """A step on what a backward pass had accumulated until an exception ended it, as in torch."""
+    results = []
+    for shard_grads in (False, True):
+        model = mlp()
+        optimizer = shardadam.AdamW(
+            model.parameters(), shard_grads=shard_grads, bucket_bytes=25_000, max_grad_norm=1.0
+        )
+        model[0].bias.register_hook(lambda grad: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loss_of(model, rank).backward()
+        model[0].bias.grad = torch.ones(90)
+        optimizer.step()
+        results.append(values(model))
+    assert same(*results)
+
+
 def grow_and_freeze(rank: int) -> None:
     """Params that are unfrozen, added and frozen along the way."""
     results = []
@@ -167,6 +184,7 @@ def everything(rank: int) -> tuple[list[float], list]:
     checkpointed(rank)
     discarded(rank)
     broken_off(rank)
+    half_a_pass(rank)
     grow_and_freeze(rank)
     plain, sharded = unused(rank, False), unused(rank, True)
     assert plain[0] == sharded[0] and same(plain[1], sharded[1])

@@ -1,6 +1,7 @@
 """update_in_backward=True: a bucket's shard is updated as soon as backward has its gradients."""
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -240,6 +241,20 @@ def still_needed(rank: int) -> None:
 
 def test_a_param_that_backward_still_needs_is_an_error():
     run_ranks(1, still_needed)
+
+
+def discarded(rank: int) -> None:
+    model = mlp()
+    shardadam.AdamW(mlp().parameters())  # torch keeps a process's first optimizer for a while
+    gc.disable()  # reference counts alone must do
+    shardadam.AdamW(model.parameters(), update_in_backward=True)
+    loss_of(model, rank).backward()
+    assert all(param.grad is not None for param in model.parameters())
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_discarded_optimizer_leaves_gradients_alone(world_size):
+    run_ranks(world_size, discarded)
 
 
 def test_global_clipping_is_refused():
