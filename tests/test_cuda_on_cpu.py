@@ -106,6 +106,17 @@ def test_more_runs_than_a_launch_takes(kernels, device):
             assert torch.equal(getattr(run, name), getattr(other, name))
 
 
+def test_every_bucket_keeps_its_launches(kernels, device):
+    shared = coefficients(False, False)
+    buckets = [[make_run((FP32, None, FP32), n, False, shared) for n in (300, 5)] for _ in range(3)]
+    made = []
+    for _ in range(2):
+        for runs in buckets:
+            kernels.update(runs)
+        made.append([kernels._updates_for(runs) for runs in buckets])
+    assert all(first is second for first, second in zip(*made, strict=True))
+
+
 def lazily_mapped(numel: int, dtype: torch.dtype) -> torch.Tensor:
     """Zeros that take memory only where they are written."""
     memory = mmap.mmap(

@@ -33,6 +33,8 @@ from shardadam.kernels.cuda_arguments import (
 from shardadam.kernels.cuda_driver import Kernel, Kernels, Launch
 from shardadam.kernels.run import GRAD_FORMATS, Run, Slot, in_memory_order
 
+_KEPT = 256  # lists of launches: of buckets, and of what of them has gradients
+
 
 @dataclass(slots=True)
 class _Prepared:
@@ -82,7 +84,7 @@ class Cuda:
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
-        self._last: _Updates | None = None
+        self._last: dict[int, _Updates] = {}  # by their first run, which they keep alive
 
     @property
     def name(self) -> str:
@@ -163,9 +165,11 @@ class Cuda:
                 )
 
     def _updates_for(self, runs: Sequence[Run]) -> list[_Update]:
-        """The launches for ``runs``: the last step's, where these are the same."""
+        """The launches for ``runs``, a bucket's: the last step's, where these are the same."""
+        if not runs:
+            return []
         coefficients = [run.coefficients for run in runs]
-        last = self._last
+        last = self._last.get(id(runs[0]))
         if last is not None and last.fit(runs, coefficients):
             return last.updates
         by_identity = {id(given): given for given in coefficients}
@@ -182,9 +186,10 @@ class Cuda:
             for group in groups.values()
             for first in range(0, len(group), PIECES)
         ]
-        self._last = _Updates(
-            list(runs), coefficients, [run.prepared for run in runs], slots, updates
-        )
+        if len(self._last) >= _KEPT:
+            self._last.clear()  # other params have gradients at every step
+        prepared = [run.prepared for run in runs]
+        self._last[id(runs[0])] = _Updates(list(runs), coefficients, prepared, slots, updates)
         return updates
 
     def _slot(self, coefficients: Coefficients | Slot) -> Slot:
