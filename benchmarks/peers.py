@@ -27,8 +27,8 @@ from training.rounds import Outcome, Setting, prepare, run
 
 OVERLAPS = (c.OURS_OVERLAP, c.OURS_EARLY)
 ALL = (c.DDP, c.ZERO, c.FSDP2, c.ZERO1, c.ZERO2, c.ZERO2_CPU, c.OURS, c.OURS_ZERO2, *OVERLAPS)
-MOST = (c.DDP, c.ZERO, c.FSDP2, c.ZERO2, c.OURS, c.OURS_ZERO2, *OVERLAPS)
-FEW = (c.DDP, c.FSDP2, c.OURS, c.OURS_ZERO2, *OVERLAPS)
+MOST = (c.DDP, c.ZERO, c.FSDP2, c.ZERO2, c.OURS, c.OURS_ZERO2)
+FEW = (c.DDP, c.FSDP2, c.OURS, c.OURS_ZERO2)
 ALONE = (c.LOCAL, c.FSDP2, c.OURS)
 LINK, LINK_MODEL, LINK_ROWS = "1gbit", "mlp-35M", 96
 
