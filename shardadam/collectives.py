@@ -67,7 +67,7 @@ class Communicator:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self._divisors: dict[torch.dtype, Tensor] = {}
         self.sent_bytes: dict[str, int] = {}
-        self._exchanges, self._sends = 0, False
+        self._exchanges, self._point_to_point = 0, False
         self._stream: Any = None
         if process_group is None and not (dist.is_available() and dist.is_initialized()):
             return
@@ -84,7 +84,7 @@ class Communicator:
                 f"expected one for {device.type}"
             )
         self.backend = backends.get(device.type, config)
-        self._sends = self.backend != "nccl" and device.type == "cpu"
+        self._point_to_point = self.backend != "nccl" and device.type == "cpu"
         self._host_group, self._host_device = self._find_host_group(backends)
 
     def _find_host_group(
@@ -261,7 +261,7 @@ class Communicator:
                 work = _reduce_scatter()(mean, flat, group=self.process_group, async_op=True)
             return self._exchange(doing, [work], lambda: mean.div_(self._divisor(mean.dtype)))
         name, sends = f"received {lane}", self._others(flat)
-        if not self._sends:
+        if not self._point_to_point:
             buffer, group = self.buffer(name, flat.numel(), flat.dtype), self.process_group
             received = _shards(buffer, world_size)
             with self._says(doing, buffer, flat, sends=sends):
@@ -309,7 +309,7 @@ class Communicator:
             sends = self._others(flat)
             with self._says(doing, *shards, sends=sends):
                 own = shards[self.rank]
-                if self._sends:
+                if self._point_to_point:
                     works = self._swap([own] * self.world_size, shards)
                 elif self.backend == "nccl":
                     works = [_all_gather()(flat, own, group=group, async_op=True)]

@@ -1,7 +1,11 @@
 """What the tests of checkpoints save: some of everything, gradients that sum exactly."""
 
+from pathlib import Path
+
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import shardadam
 
@@ -50,3 +54,17 @@ def full_state(optimizer: torch.optim.Optimizer) -> list[list[Tensor]]:
         for group in optimizer.param_groups
         for param in group["params"]
     ]
+
+
+def load_converted(path: Path, to: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load what `convert --to torch` or `--to dcp` wrote, as a user of those would."""
+    if to == "torch":
+        saved = torch.load(path, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optim"])
+    else:
+        state = dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True))
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+        set_state_dict(
+            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"]
+        )

@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import shardadam
 from apex_layout import Trained, gathered, save, v1_ranks, v2
 from models import same, values
+from saved_runs import load_converted
 from shardadam import checkpoint
 from shardadam.cli import apex, apex_shards
 from shardadam.cli.masters import near
@@ -176,16 +175,7 @@ def test_through_other_formats(kind, to, tmp_path, capsys):
     assert run(capsys, "convert", tmp_path / "apex", tmp_path / "new", "--to", to)[0] == 0
     other = Odd(KINDS[kind][0])
     resumed = optimizer_for(other, order)
-    if to == "torch":
-        saved = torch.load(tmp_path / "new", weights_only=True)
-        other.load_state_dict(saved["model"])
-        resumed.load_state_dict(saved["optim"])
-    else:
-        state = dict(zip(("model", "optim"), get_state_dict(other, resumed), strict=True))
-        dcp.load(state, checkpoint_id=tmp_path / "new", no_dist=True)
-        set_state_dict(
-            other, resumed, model_state_dict=state["model"], optim_state_dict=state["optim"]
-        )
+    load_converted(tmp_path / "new", to, other, resumed)
     assert_arrived(other, resumed, params, order)
 
 

@@ -3,7 +3,6 @@
 import io
 import os
 import random
-import shutil
 from collections.abc import Callable
 
 import pytest
@@ -12,8 +11,9 @@ import torch
 from apex_layout import apex_is_there, gathered, save, v1_ranks, v2
 from shardadam import checkpoint
 from shardadam.cli import apex, apex_shards
-from test_cli import refused, run
+from test_cli import refused
 from test_cli_apex import GROUPS, STEP, options, trained, written
+from test_cli_convert import converted_or_refused, damaged
 
 
 def broken_shards(ranks: list[dict], change: Callable[[list], object]) -> str:
@@ -127,17 +127,8 @@ def test_any_bytes_are_refused_in_one_line(tmp_path, capsys):
         path = tmp_path / layout.replace("/", "-")
         written(layout, path, model, *arguments)
         file = path / "1.pt" if path.is_dir() else path
-        good = file.read_bytes()
-        for _ in range(60):
-            bad = bytearray(good)
-            for _ in range(generator.randint(1, 4)):
-                bad[generator.randrange(len(bad))] = generator.randrange(256)
-            file.write_bytes(bad[: generator.choice((len(bad), generator.randrange(len(bad))))])
-            code, _, err = run(capsys, "convert", path, tmp_path / "new", "--to", "ours")
-            if code:
-                assert err.count("\n") == 1
-            else:
-                shutil.rmtree(tmp_path / "new")
+        for _ in damaged(file, generator, 60):
+            converted_or_refused(capsys, path, tmp_path / "new")
 
 
 class Evil:

@@ -4,19 +4,20 @@ import os
 import pickle
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 import shardadam
 from checkpointed import KINDS, advance, assert_same_state, make
 from models import mlp, same, train, values
 from ranks import run_ranks
-from saved_runs import Mixed, full_state, step, stored
+from saved_runs import Mixed, full_state, load_converted, step, stored
 from shardadam import checkpoint
 from shardadam.checkpoint.manifest import STATES
 from shardadam.checkpoint.reading import Reader
@@ -91,16 +92,7 @@ def test_others_read_what_was_written(kind, to, tmp_path, capsys):
     checkpoint.save(tmp_path / "run", step=3, optimizer=optimizer, model=model)
     run(capsys, "convert", tmp_path / "run", tmp_path / "new", "--to", to)
     other, resumed = make(kind, 2**20)
-    if to == "torch":
-        saved = torch.load(tmp_path / "new", weights_only=True)
-        other.load_state_dict(saved["model"])
-        resumed.load_state_dict(saved["optim"])
-    else:
-        state = dict(zip(("model", "optim"), get_state_dict(other, resumed), strict=True))
-        dcp.load(state, checkpoint_id=tmp_path / "new", no_dist=True)
-        set_state_dict(
-            other, resumed, model_state_dict=state["model"], optim_state_dict=state["optim"]
-        )
+    load_converted(tmp_path / "new", to, other, resumed)
     assert same(values(model), values(other))
     assert_same_state(resumed.state_dict(), optimizer.state_dict())
 
@@ -292,20 +284,31 @@ def test_files_outside_of_the_folder_are_refused(tmp_path, capsys):
     assert "expected DCP's metadata" in inspected(metadata)
 
 
+def damaged(file: Path, generator: random.Random, times: int) -> Iterator[None]:
+    """``file`` with a few other bytes, perhaps cut, ``times`` over; at the end as it was."""
+    good = file.read_bytes()
+    for _ in range(times):
+        bad = bytearray(good)
+        for _ in range(generator.randint(1, 4)):
+            bad[generator.randrange(len(bad))] = generator.randrange(256)
+        file.write_bytes(bad[: generator.choice((len(bad), generator.randrange(len(bad))))])
+        yield
+    file.write_bytes(good)
+
+
+def converted_or_refused(capsys, source: Path, target: Path) -> None:
+    code, _, err = run(capsys, "convert", source, target, "--to", "ours")
+    if code:
+        assert err.count("\n") == 1
+    else:
+        shutil.rmtree(target)
+
+
 def test_any_bytes_are_refused_in_one_line(tmp_path, capsys):
     folder = tmp_path / "dcp"
     run(capsys, "convert", ours(tmp_path / "run"), folder, "--to", "dcp")
     run(capsys, "convert", tmp_path / "run", tmp_path / "torch", "--to", "torch")
     generator = random.Random(0)
     for file, source in ((folder / ".metadata", folder), (tmp_path / "torch",) * 2):
-        good = file.read_bytes()
-        for _ in range(60):
-            bad = bytearray(good)
-            for _ in range(generator.randint(1, 4)):
-                bad[generator.randrange(len(bad))] = generator.randrange(256)
-            file.write_bytes(bad[: generator.choice((len(bad), generator.randrange(len(bad))))])
-            code, _, err = run(capsys, "convert", source, tmp_path / "new", "--to", "ours")
-            if code:
-                assert err.count("\n") == 1
-            else:
-                shutil.rmtree(tmp_path / "new")
+        for _ in damaged(file, generator, 60):
+            converted_or_refused(capsys, source, tmp_path / "new")

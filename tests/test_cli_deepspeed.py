@@ -24,7 +24,7 @@ from saved_runs import full_state
 from shardadam import checkpoint
 from shardadam.kernels.reference import join_master, split_master
 from test_cli import refused, run
-from test_cli_convert import Evil, assert_same_content, content
+from test_cli_convert import Evil, assert_same_content, content, converted_or_refused, damaged
 
 pytestmark = [
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
@@ -375,16 +375,6 @@ def test_nothing_is_executed(file, copied, tmp_path, monkeypatch, capsys):
 def test_any_bytes_are_refused_in_one_line(copied, tmp_path, capsys):
     generator = random.Random(0)
     for file in sorted(copied.iterdir()):
-        good = file.read_bytes()
-        for _ in range(40):
-            bad = bytearray(good)
-            for _ in range(generator.randint(1, 4)):
-                bad[generator.randrange(len(bad))] = generator.randrange(256)
-            file.write_bytes(bad[: generator.choice((len(bad), generator.randrange(len(bad))))])
-            code, _, err = run(capsys, "convert", copied, tmp_path / "new", "--to", "ours")
-            if code:
-                assert err.count("\n") == 1
-            else:
-                shutil.rmtree(tmp_path / "new")
+        for _ in damaged(file, generator, 40):
+            converted_or_refused(capsys, copied, tmp_path / "new")
             assert run(capsys, "inspect", copied)[0] in (0, 2)
-        file.write_bytes(good)

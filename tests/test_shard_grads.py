@@ -63,11 +63,11 @@ def only_no_sync(rank: int) -> None:
     assert same(*results)
 
 
-def unused(rank: int, shard_grads: bool) -> tuple[list[float], list]:
+def unused(rank: int, options: dict[str, bool]) -> tuple[list[float], list]:
     """Each rank leaves out another layer, one is left out by all."""
     torch.manual_seed(0)
     layers = nn.ModuleList([nn.Linear(20, 20) for _ in range(6)])
-    optimizer = shardadam.AdamW(layers.parameters(), shard_grads=shard_grads, bucket_bytes=2048)
+    optimizer = shardadam.AdamW(layers.parameters(), bucket_bytes=2048, **options)
     for step in range(3):
         optimizer.zero_grad()
         hidden = torch.randn(4, 20)
@@ -186,7 +186,7 @@ def everything(rank: int) -> tuple[list[float], list]:
     broken_off(rank)
     half_a_pass(rank)
     grow_and_freeze(rank)
-    plain, sharded = unused(rank, False), unused(rank, True)
+    plain, sharded = unused(rank, {}), unused(rank, {"shard_grads": True})
     assert plain[0] == sharded[0] and same(plain[1], sharded[1])
     return sharded
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import shardadam
 from models import loss_of, mlp, same, train, values
 from ranks import run_ranks
+from test_shard_grads import unused
 from training_peak import PARAM_BYTES, peak_of_training
 
 
@@ -46,32 +47,12 @@ def test_results_are_the_same_bits(world_size, dtype):
     assert all(same(result, results[0]) for result in results)
 
 
-def unused(rank: int) -> tuple[list[float], list[torch.Tensor]]:
-    """Each rank leaves out another layer, one is left out by all."""
-    results = []
-    for early in (False, True):
-        torch.manual_seed(0)
-        layers = nn.ModuleList([nn.Linear(20, 20) for _ in range(6)])
-        optimizer = shardadam.AdamW(
-            layers.parameters(), update_in_backward=early, bucket_bytes=2048
-        )
-        for _ in range(3):
-            hidden = torch.randn(4, 20)
-            for index, layer in enumerate(layers):
-                if index not in (rank, 5):
-                    hidden = layer(hidden).relu()
-            hidden.sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        steps = [optimizer.state[layer.weight]["step"].item() for layer in layers]
-        results.append((steps, values(layers)))
-    assert results[0][0] == results[1][0] == [3, 3, 3, 3, 3, 0]
-    assert same(results[0][1], results[1][1])
-    return results[0]
-
-
 def test_params_that_some_or_all_ranks_leave_out():
-    run_ranks(2, unused)
+    (plain, *_), (early, *_) = (
+        run_ranks(2, unused, options) for options in ({}, {"update_in_backward": True})
+    )
+    assert plain[0] == early[0] == [3, 3, 3, 3, 3, 0]
+    assert same(plain[1], early[1])
 
 
 def accumulation(rank: int) -> None:
