@@ -1,6 +1,7 @@
 """Runs for the tests of kernels: every format, special values, memory around them."""
 
 import itertools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ FORMATS = [
     *((BF16, FP32, grad) for grad in (FP32, BF16, FP16)),
     *((FP16, FP32, grad) for grad in (FP32, BF16, FP16)),
 ]
+TENSORS = (
+    *("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "grad"),
+    *("exp_avg_scale", "exp_avg_sq_scale", "max_exp_avg_sq_scale"),
+)
 # AMSGrad or not, Nesterov momentum or not, weight decay by L2 or decoupled.
 VARIANTS = [
     (amsgrad, nesterov, l2)
@@ -87,8 +92,7 @@ def copy(run: Run) -> Run:
             return None
         return whole(tensor).clone()[tensor.storage_offset() :][: tensor.numel()]
 
-    tensors = (run.param, run.exp_avg, run.exp_avg_sq, run.max_exp_avg_sq, run.master, run.grad)
-    return Run(*map(clone, tensors), run.coefficients)
+    return replace(run, **{name: clone(getattr(run, name)) for name in TENSORS}, prepared=None)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -102,7 +106,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 def assert_same_bits(found: Run, expected: Run) -> None:
     """Also outside the runs; a NaN equals a NaN."""
-    for name in ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "grad"):
+    for name in TENSORS:
         left, right = getattr(found, name), getattr(expected, name)
         if left is None:
             assert right is None

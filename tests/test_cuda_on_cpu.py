@@ -251,14 +251,14 @@ def test_coefficients_are_folded_as_on_the_host(step, kernels):
             lr=torch.tensor(0.7, dtype=FP64) if number % 5 == 0 else None,
             step=torch.full((3,), step - 1.0),
             mu_product=products.clone() if nesterov else None,
-            coefficients=torch.zeros(3, 10, dtype=FP64),
+            coefficients=torch.zeros(3, 11, dtype=FP64),
             first=1,
             count=2,
         )
         rows.append(row)
         lr = hyper.lr if row.lr is None else 0.7
         hyper = Hyperparameters(**{n: getattr(hyper, n) for n in hyper.__slots__} | {"lr": lr})
-        counted, folded = torch.full((3,), step - 1.0), torch.zeros(3, 10, dtype=FP64)
+        counted, folded = torch.full((3,), step - 1.0), torch.zeros(3, 11, dtype=FP64)
         for span in (1, 2):
             counted[span] += 1
             if nesterov:
@@ -278,7 +278,7 @@ def test_skipping(kernels):
     before = copy(run)
     kernels.update([run], skip=torch.tensor(1.0))
     assert_same_bits(run, before)
-    step, table = torch.zeros(1), torch.zeros(1, 10, dtype=FP64)
+    step, table = torch.zeros(1), torch.zeros(1, 11, dtype=FP64)
     hyper = Hyperparameters(1e-3, 0.9, 0.999, 1e-8, 0.0, True, False)
     row = Row(hyper, None, step, None, table, 0, 1)
     kernels.advance([row], skip=torch.tensor(1.0))

@@ -14,7 +14,8 @@ PACKAGE = Path(shardadam.__file__).parent
 # Who may import whom: the modules of each line only those of the lines above it.
 LEVELS = [
     ["boxes", "layout", "kernels.exact_sum", "kernels.coefficients", "kernels.cubins"],
-    ["kernels.run", "kernels.cuda_arguments", "kernels.cuda_driver"],
+    ["kernels.run", "kernels.random_bits", "kernels.cuda_arguments", "kernels.cuda_driver"],
+    ["kernels.coded_state"],
     ["kernels.reference", "kernels.cpu"],
     ["kernels.cuda"],
     ["kernels"],

@@ -34,6 +34,7 @@ struct Coefficients {
   double keep;         // 1 - lr * weight_decay if decoupled (Loshchilov & Hutter 2019), else 1
   double l2;           // weight_decay if not decoupled
   double grad_factor;  // f with L2 decay, and the three above are without f then
+  double step;         // for random bits
 };
 
 struct Element {

@@ -58,7 +58,8 @@ SHARDADAM_FN Coefficients fold(const Hyperparameters& h, double step, double mu_
           h.eps * root,
           h.decoupled ? 1 - h.lr * h.weight_decay : 1,
           l2,
-          factor};
+          factor,
+          step};
 }
 
 }  // namespace shardadam

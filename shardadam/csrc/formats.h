@@ -5,10 +5,21 @@
 
 namespace shardadam {
 
-// How a param is stored. kBf16Split: bf16 and a 16-bit remainder. kBf16Master, kFp16Master: the
-// param beside an fp32 copy that is its master weight. The moments are float (double with
-// kFloat64). kernels/run.py has the same codes.
-enum ParamFormat : int { kFloat32, kFloat64, kBf16Split, kBf16Master, kFp16Master };
+// How a param is stored. kBf16Split: bf16 and a 16-bit remainder (8 bits in kBf16Split8).
+// kBf16Master, kFp16Master: the param beside an fp32 copy that is its master weight. kBf16Only: no
+// master, rounded stochastically. kernels/run.py has the same codes.
+enum ParamFormat : int {
+  kFloat32,
+  kFloat64,
+  kBf16Split,
+  kBf16Master,
+  kFp16Master,
+  kBf16Split8,
+  kBf16Only
+};
+// How the moments are stored. kStateFull: in float (double with kFloat64). The others:
+// coded_state.h.
+enum StateFormat : int { kStateFull, kStateBf16, kStateQ16, kStateQ8 };
 enum GradFormat : int { kGradFloat32, kGradFloat64, kGradBf16, kGradFp16 };
 enum Flags : int { kFlagAmsgrad = 1, kFlagNesterov = 2, kFlagL2 = 4 };
 

@@ -9,6 +9,8 @@
 
 namespace shardadam {
 
+using uint8 = unsigned char;
+using int8 = signed char;
 using uint16 = unsigned short;
 using int16 = short;
 using uint32 = unsigned int;

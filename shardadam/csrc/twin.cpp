@@ -147,7 +147,9 @@ EXPORT int64_t shardadam_update(const Run* const* runs, const void* const* grads
     const Coefficients& c = *coefficients[index];
     const int32_t flags = (run.max_exp_avg_sq ? kFlagAmsgrad : 0) |
                           (c.grad_to_update != 0 ? kFlagNesterov : 0) | (c.l2 != 0 ? kFlagL2 : 0);
-    updates.push_back(isa.update(run.param_format, run.grad_format, flags));
+    updates.push_back(by_blocks(run) ? isa.update_blocks(run.state_format, run.param_format,
+                                                         run.grad_format, flags)
+                                     : isa.update(run.param_format, run.grad_format, flags));
     if (!updates.back()) return 1 + index;
     total += run.numel;
   }
@@ -155,7 +157,14 @@ EXPORT int64_t shardadam_update(const Run* const* runs, const void* const* grads
     walk(
         count, [&](int64_t index) { return runs[index]->numel; }, begin, end,
         [&](int64_t index, int64_t first, int64_t last) {
-          updates[size_t(index)](*runs[index], grads[index], *coefficients[index], first, last);
+          const Run& run = *runs[index];
+          if (by_blocks(run)) {
+            // Where a block is cut, all of it goes to the part that has its first element.
+            first = (first + kBlock - 1) / kBlock * kBlock;
+            last = std::min(run.numel, (last + kBlock - 1) / kBlock * kBlock);
+            if (first >= last) return;
+          }
+          updates[size_t(index)](run, grads[index], *coefficients[index], first, last);
         });
   });
   return 0;

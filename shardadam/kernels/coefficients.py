@@ -48,6 +48,7 @@ class Coefficients:
     keep: float
     l2: float
     grad_factor: float
+    step: float = 0.0
 
 
 def power(base: float, exponent: float) -> float:
@@ -100,4 +101,5 @@ def fold(
         keep=1.0 - lr * hyper.weight_decay if hyper.decoupled else 1.0,
         l2=l2,
         grad_factor=grad_factor,
+        step=step,
     )

@@ -18,7 +18,7 @@ from shardadam.kernels import exact_sum
 from shardadam.kernels.coefficients import Coefficients
 from shardadam.kernels.run import GRAD_FORMATS, Run, state_dtype
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 _FILE = "libshardadam_cpu.dylib" if sys.platform == "darwin" else "libshardadam_cpu.so"
 
 _address = torch._C.TensorBase.data_ptr
@@ -38,8 +38,14 @@ class _Run(ctypes.Structure):
         ("exp_avg", ctypes.c_void_p),
         ("exp_avg_sq", ctypes.c_void_p),
         ("max_exp_avg_sq", ctypes.c_void_p),
+        ("exp_avg_scale", ctypes.c_void_p),
+        ("exp_avg_sq_scale", ctypes.c_void_p),
+        ("max_exp_avg_sq_scale", ctypes.c_void_p),
         ("numel", ctypes.c_int64),
+        ("first_block", ctypes.c_int64),
+        ("seed", ctypes.c_int64),
         ("param_format", ctypes.c_int32),
+        ("state_format", ctypes.c_int32),
         ("grad_format", ctypes.c_int32),
     ]
 
@@ -50,20 +56,29 @@ class _Prepared:
     __slots__ = ("address", "batch", "grad_dtype", "struct")
 
     def __init__(self, run: Run) -> None:
-        master, maximum = run.master, run.max_exp_avg_sq
         self.grad_dtype = run.grad.dtype
         self.struct = _Run(
             param=run.param.data_ptr(),
-            master=None if master is None else master.data_ptr(),
+            master=_pointer(run.master),
             exp_avg=run.exp_avg.data_ptr(),
             exp_avg_sq=run.exp_avg_sq.data_ptr(),
-            max_exp_avg_sq=None if maximum is None else maximum.data_ptr(),
+            max_exp_avg_sq=_pointer(run.max_exp_avg_sq),
+            exp_avg_scale=_pointer(run.exp_avg_scale),
+            exp_avg_sq_scale=_pointer(run.exp_avg_sq_scale),
+            max_exp_avg_sq_scale=_pointer(run.max_exp_avg_sq_scale),
             numel=run.param.numel(),
+            first_block=run.first_block,
+            seed=run.seed,
             param_format=-1 if run.param_format is None else run.param_format,
+            state_format=-1 if run.state_format is None else run.state_format,
             grad_format=GRAD_FORMATS.get(run.grad.dtype, -1),
         )
         self.address = ctypes.addressof(self.struct)
         self.batch: _Batch | None = None
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 class _Batch:

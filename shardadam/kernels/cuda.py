@@ -124,7 +124,12 @@ class Cuda:
         self._check(run)
         grad_format = GRAD_FORMATS.get(run.grad.dtype)
         doubles = [run.param.dtype is torch.float64, run.grad.dtype is torch.float64]
-        if run.param_format is None or grad_format is None or any(doubles) != all(doubles):
+        if (
+            run.param_format is None
+            or grad_format is None
+            or run.by_blocks
+            or any(doubles) != all(doubles)
+        ):
             raise ValueError(run.no_kernel)
         nesterov, l2 = _terms(run.coefficients)
         flags = NESTEROV * nesterov + L2 * l2 + AMSGRAD * (run.max_exp_avg_sq is not None)

@@ -1,7 +1,8 @@
 """The rule in plain torch operations: the specification, and the oracle of the tests.
 
-Every operation is one of adam_update.h's, in its order, on float64 tensors. It runs on any device;
-it is what runs where there is no compiled kernel.
+Every operation is one of adam_update.h's, in its order, on float64 tensors (coded_state.h's, on
+float32 tensors, where the state is coded). It runs on any device; it is what runs where there is no
+compiled kernel.
 """
 
 from collections.abc import Sequence
@@ -9,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shardadam.kernels import exact_sum
+from shardadam.kernels import coded_state, exact_sum
 from shardadam.kernels.coefficients import Coefficients
+from shardadam.kernels.random_bits import BLOCK, PARAM, random_bits
 from shardadam.kernels.run import Run, in_memory_order
 
 _INT16_MAX = 0x7FFF
@@ -20,6 +22,9 @@ def update(run: Run) -> None:
     """Update ``run`` in place. Equal to the compiled kernels bit for bit."""
     c = run.coefficients
     assert isinstance(c, Coefficients)
+    if run.state_format != 0:
+        _store(run, coded_state.update(run, _master(run), in_memory_order(run.grad)))
+        return
     param = _master(run).double()
     grad = in_memory_order(run.grad).double()
     if c.l2:
@@ -86,6 +91,43 @@ def join_master(param: Tensor, remainder: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
+def split8_master(master: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
+    """Split float32 master weights into bfloat16 params and int8 remainders: 24 bits of 32.
+
+    The last 8 bits are rounded stochastically (``random``: 8 bits), the rest as in `split_master`.
+    """
+    bits = _stochastic(master, random, 8)
+    remainder = (bits >> 8) & 0xFF
+    remainder = torch.where(remainder > 0x7F, remainder - 0x100, remainder)
+    param = (bits + 0x8000) >> 16
+    return param.to(torch.int16).view(torch.bfloat16), remainder.to(torch.int8)
+
+
+def join8_master(param: Tensor, remainder: Tensor) -> Tensor:
+    """The 24-bit master weights that `split8_master` made, in float32."""
+    bits = (param.view(torch.int16).to(torch.int32) << 16) + (remainder.to(torch.int32) << 8)
+    return bits.view(torch.float32)
+
+
+def stochastic_param(master: Tensor, random: Tensor) -> Tensor:
+    """The bfloat16 param of a master that is not kept, rounded by 16 ``random`` bits."""
+    bits = _stochastic(master, random, 16) >> 16
+    return bits.to(torch.int16).view(torch.bfloat16)
+
+
+def _stochastic(master: Tensor, random: Tensor, width: int) -> Tensor:
+    """The bits of ``master``, the last ``width`` of them rounded away by random ones.
+
+    What is finite stays finite, and a NaN becomes a quiet one.
+    """
+    bits = master.view(torch.int32)
+    kept = -(1 << width)
+    rounded = (bits + random.int()) & kept
+    overflows = (rounded & 0x7FFFFFFF) >= 0x7F800000
+    rounded = torch.where(overflows, bits & kept, rounded)
+    return torch.where(master.isnan(), (bits | 0x400000) & -0x10000, rounded)
+
+
 def _sqrt(square: Tensor) -> Tensor:
     """The correctly rounded square root; torch's on CPU is one ulp off in 1 % of the cases.
 
@@ -105,6 +147,8 @@ def _master(run: Run) -> Tensor:
         return run.param
     if run.master.dtype == torch.int16:
         return join_master(run.param, run.master)
+    if run.master.dtype == torch.int8:
+        return join8_master(run.param, run.master)
     # Where somebody wrote the param since the last step, the param is right.
     rounded = run.master.to(run.param.dtype)
     untouched = rounded.view(torch.int16) == run.param.view(torch.int16)
@@ -112,12 +156,26 @@ def _master(run: Run) -> Tensor:
 
 
 def _store(run: Run, value: Tensor) -> None:
-    if run.master is None:
+    if run.master is None and run.param.dtype != torch.bfloat16:
         run.param.copy_(value)
+    elif run.master is None:
+        run.param.copy_(stochastic_param(value.float(), _random(run) >> 16))
     elif run.master.dtype == torch.int16:
         param, remainder = split_master(value.float())
+        run.param.copy_(param)
+        run.master.copy_(remainder)
+    elif run.master.dtype == torch.int8:
+        param, remainder = split8_master(value.float(), _random(run) >> 24)
         run.param.copy_(param)
         run.master.copy_(remainder)
     else:
         run.master.copy_(value)
         run.param.copy_(run.master)
+
+
+def _random(run: Run) -> Tensor:
+    """The run's random bits for its params."""
+    assert isinstance(run.coefficients, Coefficients)
+    numel, step = run.param.numel(), run.coefficients.step
+    bits = random_bits(run.seed, step, run.first_block, -(-numel // BLOCK), PARAM)
+    return bits.flatten()[:numel].to(run.param.device)

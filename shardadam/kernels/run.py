@@ -13,7 +13,7 @@ from shardadam.kernels.coefficients import Coefficients
 class Slot:
     """Coefficients that are folded on the device: row ``index`` of ``table``.
 
-    ``table``: float64, (any number, 10), in the order of `Coefficients`. ``nesterov`` and ``l2``:
+    ``table``: float64, (any number, 11), in the order of `Coefficients`. ``nesterov`` and ``l2``:
     which terms of the rule they use, which the host has to know.
     """
 
@@ -30,6 +30,16 @@ PARAM_FORMATS = {
     (torch.bfloat16, torch.int16): 2,
     (torch.bfloat16, torch.float32): 3,
     (torch.float16, torch.float32): 4,
+    (torch.bfloat16, torch.int8): 5,
+    (torch.bfloat16, None): 6,
+}
+# enum StateFormat, by the dtypes of exp_avg and exp_avg_sq
+STATE_FORMATS = {
+    (torch.float32, torch.float32): 0,
+    (torch.float64, torch.float64): 0,
+    (torch.bfloat16, torch.bfloat16): 1,
+    (torch.int8, torch.int16): 2,
+    (torch.int8, torch.uint8): 3,
 }
 GRAD_FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -40,11 +50,17 @@ _NO_GRAD = torch.empty(0)
 class Run:
     """Contiguous elements that one set of coefficients updates; all tensors are of one length.
 
-    ``param``: float32, float64, bfloat16 or float16. ``master``: None; an int16 remainder (bfloat16
-    params: see `reference.split_master`); or the float32 master weight of a 16-bit param.
-    ``grad``: float32, bfloat16 or float16; float64 with a float64 param. The moments are float32,
-    float64 with a float64 param; ``max_exp_avg_sq`` makes it AMSGrad. ``grad`` may have any shape
-    as long as its memory is dense. ``coefficients`` are a `Slot` where the backend folds them.
+    ``param``: float32, float64, bfloat16 or float16. ``master``: None (bfloat16 params are then
+    rounded stochastically); an int16 or int8 remainder (bfloat16 params: see
+    `reference.split_master` and `reference.split8_master`); or the float32 master weight of a
+    16-bit param. ``grad``: float32, bfloat16 or float16; float64 with a float64 param. The moments
+    are float32, float64 with a float64 param, or coded (`coded_state`): both bfloat16, or
+    ``exp_avg`` int8 and ``exp_avg_sq`` int16 or uint8 with a bfloat16 scale per block of 128
+    elements. ``max_exp_avg_sq`` makes it AMSGrad. ``grad`` may have any shape as long as its memory
+    is dense. ``coefficients`` are a `Slot` where the backend folds them.
+
+    What is coded or rounded stochastically goes by blocks: the run starts with block number
+    ``first_block`` of all that share ``seed``.
     """
 
     param: Tensor
@@ -54,6 +70,11 @@ class Run:
     master: Tensor | None
     grad: Tensor
     coefficients: Coefficients | Slot
+    exp_avg_scale: Tensor | None = None
+    exp_avg_sq_scale: Tensor | None = None
+    max_exp_avg_sq_scale: Tensor | None = None
+    first_block: int = 0
+    seed: int = 0
     prepared: Any = None
     """A backend's own form of the tensors that stay, made once."""
 
@@ -64,11 +85,22 @@ class Run:
         return PARAM_FORMATS.get((self.param.dtype, master))
 
     @property
+    def state_format(self) -> int | None:
+        """The code of the dtypes of the moments; None if no kernel knows them."""
+        return STATE_FORMATS.get((self.exp_avg.dtype, self.exp_avg_sq.dtype))
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether state is coded or a param is rounded stochastically."""
+        return self.state_format != 0 or self.param_format in (5, 6)
+
+    @property
     def no_kernel(self) -> str:
         """The error for dtypes that no kernel exists for."""
         master = "no master" if self.master is None else f"a {self.master.dtype} master"
         return (
-            f"no kernel for {self.param.dtype} params with {master} and {self.grad.dtype} gradients"
+            f"no kernel for {self.param.dtype} params with {master} and {self.grad.dtype} "
+            f"gradients, exp_avg in {self.exp_avg.dtype} and exp_avg_sq in {self.exp_avg_sq.dtype}"
         )
 
     def release(self) -> None:
