@@ -2,11 +2,13 @@
 
 What no optimizer offers yet (coded state) is timed as one call of the kernel.
 
-python benchmarks/cpu_kernel.py [--numel 50000000] [--threads 1 2] [--repeats 15] [--only coded]
+python benchmarks/cpu_kernel.py [--numel 50000000] [--threads 1 2] [--repeats 15]
+    [--only coded] [--cpu-time]
 """
 
 import argparse
 import itertools
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -26,7 +28,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--only", default="", help="words of the names to time beside torch's")
+    parser.add_argument("--cpu-time", action="store_true", help="not wall time: on a busy machine")
     args = parser.parse_args()
+    clock = time.process_time if args.cpu_time else time.perf_counter
     makers = {
         BASELINE: partial(_step, torch.optim.AdamW, torch.float32, fused=True),
         "shardadam AdamW, fp32": partial(_step, shardadam.AdamW, torch.float32),
@@ -58,7 +62,7 @@ def main() -> None:
     for threads in args.threads:
         torch.set_num_threads(threads)
         print(f"\n{args.numel:,} elements, {stamp()}\n")
-        print(table(interleaved(steps, args.repeats), BASELINE))
+        print(table(interleaved(steps, args.repeats, clock), BASELINE))
 
 
 def _step(

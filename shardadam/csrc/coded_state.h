@@ -105,6 +105,13 @@ SHARDADAM_FN uint16 stochastic_bf16(float value, uint32 random16) {
 // A block's scale is the least bf16 that no code exceeds. Coding is stochastic (`random`: 16 bits),
 // and only 0 has the code 0. A maximum's code never decodes to less than the maximum.
 
+// 1 for what is not 0, unless it is more.
+SHARDADAM_FN int at_least(float root, int code) {
+  const uint32 bits = bits_of(root);
+  const int least = int(bits < 1u ? bits : 1u);
+  return code > least ? code : least;
+}
+
 // 16 bits: the exponent, counted down from the scale's, and 11 bits of the significand, so that a
 // code is the middle of a float's bits.
 struct Root16 {
@@ -113,9 +120,9 @@ struct Root16 {
   static SHARDADAM_FN uint16 scale(float largest) { return bf16_up(largest); }
   static SHARDADAM_FN uint16 scale_of_maxima(float largest) { return bf16_up(largest); }
 
-  int zero;  // the bits that a code counts from
+  int zero;  // the bits that a code counts from; more than 0's, unless all of the block is 0
   explicit SHARDADAM_FN Root16(uint16 scale)
-      : zero(int(uint32(scale) << 16) - (0xffff << kShift)) {}
+      : zero(scale ? int(uint32(scale) << 16) - (0xffff << kShift) : 0) {}
   SHARDADAM_FN float decode(int code) const {
     return float_of(code ? uint32(zero + (code << kShift)) : 0u);
   }
@@ -124,12 +131,6 @@ struct Root16 {
   }
   SHARDADAM_FN int code_of_maximum(float root) const {
     return at_least(root, (int(bits_of(root)) - zero + 0xfff) >> kShift);
-  }
-  static SHARDADAM_FN int at_least(float root, int code) {
-    const uint32 bits = bits_of(root);
-    const int least = int(bits < 1u ? bits : 1u);
-    const int raised = code > least ? code : least;
-    return bits ? raised : 0;
   }
 };
 
@@ -159,10 +160,7 @@ struct Root8 {
     const float below = float(whole), beyond = place - below;
     const float chance = float(int(random)) * 0x1p-16f;
     const bool up = chance * (below + 1.5f) < beyond * (below + 1.5f * beyond);
-    const int code = whole + (up ? 1 : 0);
-    const uint32 bits = bits_of(root);
-    const int least = int(bits < 1u ? bits : 1u);
-    return code > least ? code : least;
+    return at_least(root, whole + (up ? 1 : 0));
   }
   SHARDADAM_FN int code_of_maximum(float root) const {
     const int code = int(sqrtf(root) * per_root + 0.5f);
