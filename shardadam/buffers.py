@@ -213,7 +213,7 @@ class FlatBucket:
         view = self.views[piece.span]
         tensor = tensor.resolve_conj().resolve_neg()  # the kernel reads memory
         if tensor.stride() != view.stride():
-            tensor = torch.empty_like(view).copy_(tensor)
+            tensor = torch.empty_like(view, dtype=tensor.dtype).copy_(tensor)
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor)
         if piece.numel == tensor.numel():
