@@ -96,6 +96,20 @@ def test_another_format_is_an_error_and_changes_nothing(before, after, tmp_path)
         assert all(torch.equal(value, state["state"][index][n]) for n, value in entry.items())
 
 
+def test_moments_without_a_code_are_refused_before_anything_is_changed(tmp_path):
+    model, other = mlp(), mlp(seed=1)
+    optimizer = shardadam.AdamW(model.named_parameters())
+    step(optimizer, range(2))
+    optimizer.state[model[2].weight]["exp_avg"][3, 4] = float("inf")
+    checkpoint.save(tmp_path, step=2, optimizer=optimizer, model=model)
+    resumed = shardadam.AdamW(other.named_parameters(), state="q8")
+    kept = values(other)
+    with pytest.raises(CheckpointError, match=r"2.weight: exp_avg has values that q8 has no code"):
+        checkpoint.load(tmp_path, optimizer=resumed, model=other, strict=False)
+    assert same(values(other), kept)
+    step(resumed, range(1))
+
+
 MASTERS = {"fp32": 32, "split": 32, "split8": 24, "none": 16}
 
 

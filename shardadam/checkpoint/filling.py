@@ -1,9 +1,12 @@
 """Filling params and their state with what a checkpoint has, whatever the formats and strides."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from shardadam.checkpoint.contents import dims_of, dtype_name, flat
+from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.parts import VALUES, parts_of
 from shardadam.checkpoint.reading import Reader, same_order
 from shardadam.kernels.reference import split8_master, split_master
@@ -67,17 +70,42 @@ def _write_moments(reader: Reader, index: int, shard: ParamShard) -> None:
             first = part_of(name, shard.offset, shard.offset + shard.numel).start
             reader.fill(index, parts[source], first, dims, shard.tensors[name])
         return
-    # Piece by piece, unless each would need the whole.
+    for start, stop, moments in _converted(reader, index, shard):
+        for name, values in moments.items():
+            shard.tensors[name][part_of(name, start, stop)].copy_(values)
+
+
+def _converted(
+    reader: Reader, index: int, shard: ParamShard
+) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+    """The moments in the shard's format, with where in the shard they begin and end.
+
+    Piece by piece, unless each would need the whole.
+    """
+    maximum = shard.form.names[2] in shard.tensors
+    ordered = same_order(reader.entries[index], shard.dims)
     length = _CONVERTED_AT_ONCE if ordered else shard.numel
     for start in range(0, shard.numel, length):
         stop = min(start + length, shard.numel)
-        moments = reader.moments(index, shard.offset + start, stop - start, dims)
-        if without:
-            moments["max_exp_avg_sq"] = moments["exp_avg_sq"]
-        elif not maximum:
+        moments = reader.moments(index, shard.offset + start, stop - start, shard.dims)
+        if not maximum:
             moments.pop("max_exp_avg_sq", None)
-        for name, values in encode(form, moments, shard.values.dtype).items():
-            shard.tensors[name][part_of(name, start, stop)].copy_(values)
+        elif "max_exp_avg_sq" not in moments:
+            moments["max_exp_avg_sq"] = moments["exp_avg_sq"]
+        yield start, stop, encode(shard.form, moments, shard.values.dtype)
+
+
+def check_moments(reader: Reader, index: int, shard: ParamShard) -> None:
+    """See that the moments can be converted to the shard's format.
+
+    Raises:
+        CheckpointError: one has no code there.
+    """
+    try:
+        for _ in _converted(reader, index, shard):
+            pass
+    except ValueError as error:
+        raise CheckpointError(f"{reader.entries[index].name}: {error}") from error
 
 
 def write_whole(reader: Reader, index: int, tensor: Tensor) -> None:

@@ -12,7 +12,7 @@ from shardadam.checkpoint import plain
 from shardadam.checkpoint import rng as generators
 from shardadam.checkpoint.contents import dtype_name, named_params, others, param_names
 from shardadam.checkpoint.errors import CheckpointError
-from shardadam.checkpoint.filling import write_whole
+from shardadam.checkpoint.filling import check_moments, write_whole
 from shardadam.checkpoint.manifest import Entry
 from shardadam.checkpoint.reading import Reader
 from shardadam.optimizer import ShardedOptimizer
@@ -104,14 +104,15 @@ class Fitter:
             for index, shard in zip(indices, shards, strict=True)
             if index is not None and entries[index].numel
         ]
-        formats = {
-            (self._reader.form(index).name, shard.form.name)
+        converted = [
+            (index, shard)
             for index, shard in pairs
-            if entries[index].scalars is not None
-        }
-        for saved, here in sorted(formats):
-            if saved != here:
-                self._pass(f"moments are {saved} in the checkpoint, expected {here}")
+            if entries[index].scalars is not None and self._reader.form(index) is not shard.form
+        ]
+        for saved, here in sorted({(self._reader.form(i).name, s.form.name) for i, s in converted}):
+            self._pass(f"moments are {saved} in the checkpoint, expected {here}")
+        for index, shard in converted:
+            check_moments(self._reader, index, shard)
         for index, shard in pairs:
             saved_bits, bits = self._reader.master_bits(index), shard.master_bits
             if entries[index].dtype == dtype_name(shard.param) and saved_bits > bits:
