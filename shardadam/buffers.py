@@ -1,5 +1,6 @@
 """Flat storage: params as views of a bucket's buffer, and the state of this rank's shard of it."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -53,7 +54,8 @@ class FlatBucket:
 
     ``state`` maps the names of [Note: state formats] and one of `MASTERS` to tensors of
     ``bucket.shard_numel`` elements, or of one per block. ``scalars`` maps "step" (and NAdam's
-    "mu_product") to tensors of one element per span.
+    "mu_product") to tensors of one element per span. ``continues``: whether a run can go on from
+    the span before to each span.
 
     Args:
         bucket: which elements of which params.
@@ -121,7 +123,7 @@ class FlatBucket:
         self.initial_scalars = dict(scalars)
         self.form, self.master, self._seed = storage.form, storage.master, storage.seed
         self._first_blocks = list(first_blocks)
-        self._draws = storage.draws(self.dtype)
+        self.continues = self._continues(storage)
         # Of a scale's blocks, nothing but the order of memory says which elements they are.
         self._order_names = [order_name(view) for view in self.views]
         self.state: dict[str, Tensor] = {}
@@ -134,6 +136,17 @@ class FlatBucket:
             self._add_state(self.master, MASTERS[self.master])
         if self.master == "master":
             self.state[self.master].copy_(self.shard)
+
+    def _continues(self, storage: Storage) -> list[bool]:
+        """As the attribute.
+
+        What lies between neighbours is padding; but random bits go by the number of a block, and a
+        frozen param between two has numbers too.
+        """
+        offsets = [span.offset // ALIGNMENT for span in self.bucket.spans]
+        ahead = [n - offset for n, offset in zip(self._first_blocks, offsets, strict=True)]
+        draws = storage.draws(self.dtype)
+        return [False, *(not draws or a == b for a, b in itertools.pairwise(ahead))]
 
     @property
     def has_maximum(self) -> bool:
@@ -253,18 +266,6 @@ class FlatBucket:
         """Where in the shard the owned elements of spans ``first`` to ``last`` are."""
         end = self.pieces[last]
         return slice(self.pieces[first].shard_offset, end.shard_offset + end.numel)
-
-    def one_run(self, first: int, then: int) -> bool:
-        """Whether a run of owned elements can go on from span ``first`` to span ``then``.
-
-        What lies between neighbours is padding; but random bits go by the number of a block, and a
-        frozen param has numbers too.
-        """
-        if then != first + 1:
-            return False
-        spans, numbers = self.bucket.spans, self._first_blocks
-        blocks = (spans[then].offset - spans[first].offset) // ALIGNMENT
-        return not self._draws or numbers[then] - numbers[first] == blocks
 
     def run(
         self,

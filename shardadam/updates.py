@@ -73,10 +73,12 @@ def _runs(
     for index in grads.owned():
         own = coefficients[index]
         assert own is not None
-        first = index
-        if ranges and ranges[-1][2] is own and bucket.one_run(ranges[-1][1], index):
-            first = ranges.pop()[0]
-        ranges.append((first, index, own))
+        if bucket.continues[index] and ranges:
+            first, last, shared = ranges[-1]
+            if last == index - 1 and shared is own:
+                ranges[-1] = first, index, own
+                continue
+        ranges.append((index, index, own))
     return [
         bucket.run(
             first,

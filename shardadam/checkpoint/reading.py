@@ -40,11 +40,13 @@ class Reader:
         self.entries = opened.manifest.entries
         self.world_size = len(opened.manifest.files)
         self._places: dict[tuple[int, str], list[_Place]] = defaultdict(list)
+        self._parts: dict[int, set[str]] = defaultdict(set)
         for rank, shards in enumerate(opened.manifest.files):
             _, starts = opened.manifest.layout(rank)
             for shard, start in zip(shards, starts, strict=False):
                 place = _Place(shard.offset, shard.numel, rank, start)
                 self._places[shard.entry, shard.part].append(place)
+                self._parts[shard.entry].add(shard.part)
         for places in self._places.values():
             places.sort(key=lambda place: place.offset)
 
@@ -54,8 +56,7 @@ class Reader:
 
     def form(self, index: int) -> StateFormat:
         """The format of the entry's moments; of an empty one, any."""
-        parts = [part for entry, part in self._places if entry == index]
-        return saved_format(parts) or FORMATS["fp32"]
+        return saved_format(self._parts[index]) or FORMATS["fp32"]
 
     def master_bits(self, index: int) -> int:
         """Of the most exact values that were saved."""
@@ -73,10 +74,9 @@ class Reader:
         Raises:
             CheckpointError: a file is missing, or another one.
         """
-        for (entry, _), places in self._places.items():
-            if entry == index:
-                for place in places:
-                    self._opened.file(place.rank)
+        for part in self._parts[index]:
+            for place in self._places[index, part]:
+                self._opened.file(place.rank)
 
     def fill(self, index: int, part: str, offset: int, dims: tuple[int, ...], to: Tensor) -> None:
         """Fill ``to``, 1-D, with the elements from ``offset`` on in the order of ``dims``.
