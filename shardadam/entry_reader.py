@@ -91,10 +91,7 @@ class EntryReader:
         return [partial(self._write, name, value) for name, value in values.items()]
 
     def edits(self, entry: Mapping[str, Any]) -> dict[str, Write]:
-        """Writes for what is no longer one of the views, by name; raises as `tensors`.
-
-        ``entry``: what of it is ours.
-        """
+        """Writes for what is no longer one of the views, by name; raises as `tensors`."""
         views = self._views
         assert views is not None
         edits: dict[str, Write] = {}

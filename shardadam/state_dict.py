@@ -141,7 +141,7 @@ def plan_edits(
         ours = {name: value for name, value in entry.items() if is_ours(name)}
         if ours.keys() == views.keys() and all(ours[k] is v for k, v in views.items()):
             continue
-        edited = EntryReader(bucket, index, communicator, views).edits(ours)
+        edited = EntryReader(bucket, index, communicator, views).edits(entry)
         writes += edited.values()
         if edited:
             lines.append(f"the state of {bucket.names[index]} set by hand ({', '.join(edited)})")
