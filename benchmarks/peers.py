@@ -29,17 +29,18 @@ OVERLAPS = (c.OURS_OVERLAP, c.OURS_EARLY)
 ALL = (c.DDP, c.ZERO, c.FSDP2, c.ZERO1, c.ZERO2, c.ZERO2_CPU, c.OURS, c.OURS_ZERO2, *OVERLAPS)
 MOST = (c.DDP, c.ZERO, c.FSDP2, c.ZERO2, c.OURS, c.OURS_ZERO2)
 FEW = (c.DDP, c.FSDP2, c.OURS, c.OURS_ZERO2)
+SIXTEEN = (*FEW, c.OURS_LEAN, c.OURS_LEANEST)
 ALONE = (c.LOCAL, c.FSDP2, c.OURS)
 LINK, LINK_MODEL, LINK_ROWS = "1gbit", "mlp-35M", 96
 
 DEFAULT = (
     Setting("mlp-35M", 2, "fp32", ALL),
-    Setting("mlp-35M", 2, "bf16", FEW),
+    Setting("mlp-35M", 2, "bf16", SIXTEEN),
     Setting("mlp-29M", 2, "fp32", FEW),
     Setting("mlp-8M", 4, "fp32", MOST),
     Setting("mlp-2M", 2, "fp32", MOST),
     Setting("large-2", 4, "fp32", FEW),
-    Setting("gpt", 2, "bf16", FEW),
+    Setting("gpt", 2, "bf16", SIXTEEN),
     Setting("small-300", 1, "fp32", ALONE),
     Setting("small-300", 2, "fp32", FEW),
     Setting(

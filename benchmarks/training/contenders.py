@@ -90,6 +90,7 @@ class Sharded(Training):
 OURS, OURS_ZERO2 = "shardadam", "shardadam, shard_grads"
 OURS_OVERLAP = "shardadam, shard_grads, overlap_gather"
 OURS_EARLY = "shardadam, update_in_backward, overlap_gather"
+OURS_LEAN, OURS_LEANEST = "shardadam, memory=lean", "shardadam, memory=leanest"
 
 
 @contender(OURS)
@@ -118,6 +119,18 @@ def _ours_early(model: nn.Module, units: Units, dtype: torch.dtype) -> Training:
     optimizer = shardadam.AdamW(model.parameters(), lr=LR, update_in_backward=True)
     optimizer.overlap_gather(model)
     return Sharded(model, optimizer)
+
+
+@contender(OURS_LEAN)
+def _ours_lean(model: nn.Module, units: Units, dtype: torch.dtype) -> Training:
+    model.to(dtype)
+    return Sharded(model, shardadam.AdamW(model.parameters(), lr=LR, memory="lean"))
+
+
+@contender(OURS_LEANEST)
+def _ours_leanest(model: nn.Module, units: Units, dtype: torch.dtype) -> Training:
+    model.to(dtype)
+    return Sharded(model, shardadam.AdamW(model.parameters(), lr=LR, memory="leanest"))
 
 
 # ---- torch's ----------------------------------------------------------------------------------
