@@ -1,0 +1,176 @@
+"""The figures of benchmarks/quality.py."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+from matplotlib.ticker import NullLocator
+
+from quality import field
+from quality.forced import RARE, Measured
+from quality.report import spread_at, usual_spreads
+from quality.trainings import BF16_PARAMS, FP32, LEAN, LEANEST, Lesson, Trained
+
+# Of Okabe and Ito's colours, which people with any colour vision can tell apart; ours are lines
+# without gaps.
+COLORS = {
+    field.FP32: "#888888",
+    field.BF16: "#009E73",
+    field.Q16: "#0072B2",
+    field.Q8: "#56B4E9",
+    field.NEAREST: "#E69F00",
+    field.COMPANDED: "#D55E00",
+    field.DYNAMIC: "#CC79A7",
+    field.AO_8BIT: "#666666",
+    field.AO_FP8: "#000000",
+    BF16_PARAMS: "#E69F00",
+    LEAN: "#0072B2",
+    LEANEST: "#56B4E9",
+}
+MARKERS = {FP32: "s", BF16_PARAMS: "D", LEAN: "o", LEANEST: "^"}
+ALL, RARE_ROWS = "all elements", f"rows that 1 to {RARE} steps hit"
+
+
+def draw_forced(file: Path, stamp: str, rows: Sequence[Measured]) -> None:
+    """Error over steps, and the largest update."""
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(13, 5), gridspec_kw={"width_ratios": [1.3, 1]}
+    )
+    compared = [row for row in rows if row.contender != field.FP32]
+    for row in compared:
+        color = COLORS[row.contender]
+        style = "-" if row.contender in (field.BF16, field.Q16, field.Q8) else (0, (4, 1.5))
+        left.plot(list(row.errors), list(row.errors.values()), color=color, lw=1.8, ls=style)
+    left.set_yscale("log")
+    _label_ends(left, compared)
+    left.set_xlabel("step", fontsize=9)
+    _plain(left, "error of the update: |u − u of fp32| / |u of fp32|")
+    _dots(right, "largest |update| of all steps", rows)
+    right.legend(fontsize=8, frameon=False, loc="lower right")
+    _finish(figure, file, stamp, "Adam's update from coded moments, on fp32's gradients")
+
+
+def draw_sweeps(file: Path, stamp: str, rows: Sequence[Measured]) -> None:
+    """Errors and largest updates, a column for each setting."""
+    settings = list(dict.fromkeys(row.setting for row in rows))
+    shown = [row for row in rows if row.contender in field.SWEPT]
+    figure, panels = pyplot.subplots(2, len(settings), figsize=(13, 6), sharey=True, sharex="row")
+    for setting, (top, bottom) in zip(settings, panels.T, strict=True):
+        mine = [row for row in shown if row.setting == setting]
+        compared = [row for row in mine if row.contender != field.FP32]
+        names = [row.contender for row in mine]
+        colors = [COLORS[row.contender] for row in compared]
+        errors = [row.errors[row.last] for row in compared]
+        top.scatter(errors, [row.contender for row in compared], c=colors, s=45, zorder=3)
+        for row, error in zip(compared, errors, strict=True):
+            top.annotate(f" {error:.3f}", (error, row.contender), fontsize=7, va="bottom")
+        top.set_xscale("log")
+        _plain(top, str(setting))
+        _dots(bottom, "", mine)
+        top.set_ylim(len(names) - 0.5, -0.5)
+    panels[0, 0].set_xlabel("error of the update at the end", fontsize=8)
+    panels[1, 0].set_xlabel("largest |update|", fontsize=8)
+    panels[1, 0].legend(fontsize=7, frameon=False, loc="upper right")
+    _finish(figure, file, stamp, "The same at other β₂ and at other sizes of gradients")
+
+
+def draw_trainings(
+    file: Path, stamp: str, lessons: Sequence[Lesson], trained: Sequence[Trained]
+) -> None:
+    """Held-out losses: of each seed at the usual lr, and by lr."""
+    figure, panels = pyplot.subplots(
+        len(lessons), 2, figsize=(13, 4.2 * len(lessons)), squeeze=False
+    )
+    for lesson, (left, right) in zip(lessons, panels, strict=True):
+        unit = f"held-out loss, nats per {lesson.per}"
+        for place, (name, spread) in enumerate(usual_spreads(lesson, trained).items()):
+            losses = [
+                one.loss
+                for one in trained
+                if (one.lesson, one.configuration, one.lr) == (lesson.name, name, lesson.lr)
+            ]
+            left.scatter(losses, [place] * len(losses), c=COLORS[name], marker=MARKERS[name], s=30)
+            left.plot([spread.mean] * 2, [place - 0.3, place + 0.3], color="#333333", lw=2)
+            means = [spread_at(lesson, trained, name, lr).mean for lr in lesson.lrs]
+            right.plot(
+                lesson.lrs,
+                means,
+                color=COLORS[name],
+                marker=MARKERS[name],
+                ms=5,
+                lw=1.6,
+                label=name,
+            )
+        left.set_yticks(range(place + 1), list(usual_spreads(lesson, trained)))
+        left.invert_yaxis()
+        left.margins(y=0.3)
+        left.set_xlabel(unit, fontsize=9)
+        right.set_xscale("log")
+        right.set_yscale("log")
+        right.yaxis.set_minor_locator(NullLocator())
+        low, high = right.get_ylim()
+        ticks = [tick for tick in (0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0) if low < tick < high]
+        right.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        right.set_xlabel("learning rate", fontsize=9)
+        right.legend(fontsize=8, frameon=False)
+        _plain(left, f"{lesson.name}, lr {lesson.lr:g}: seeds, and their mean as a bar")
+        _plain(right, f"{lesson.name}: mean of seeds by learning rate")
+    _finish(figure, file, stamp, "Whole trainings, on data that was never trained on")
+
+
+def _dots(axes: Any, title: str, rows: Sequence[Measured]) -> None:
+    """Largest updates, filled of all elements, hollow of rare rows."""
+    names = [row.contender for row in rows]
+    colors = [COLORS[name] for name in names]
+    rare = [row.largest_rare for row in rows]
+    axes.hlines(names, rare, [row.largest for row in rows], color="#cccccc", lw=1.5)
+    axes.scatter([row.largest for row in rows], names, c=colors, s=45, zorder=3, label=ALL)
+    axes.scatter(
+        rare, names, facecolors="white", edgecolors=colors, s=32, zorder=4, label=RARE_ROWS
+    )
+    for row in rows:
+        place = (max(row.largest, row.largest_rare), row.contender)
+        text = f"{row.largest:,.3g}" if row.largest < 1000 else f"{row.largest:,.0f}"
+        axes.annotate(f"  {text}", place, fontsize=7, va="bottom")
+    axes.set_xscale("log")
+    axes.margins(x=0.18)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    _plain(axes, title)
+
+
+def _label_ends(axes: Any, rows: Sequence[Measured]) -> None:
+    """Names at the right ends of lines, apart from each other, on a logarithmic axis."""
+    height = 0.0
+    for row in sorted(rows, key=lambda row: row.errors[row.last]):
+        height = max(row.errors[row.last], height * 1.28)
+        axes.annotate(
+            f" {row.contender}, {row.errors[row.last]:.3f}",
+            (row.last, height),
+            color=COLORS[row.contender],
+            fontsize=8,
+            va="center",
+            annotation_clip=False,
+        )
+    axes.set_xlim(0, max(row.last for row in rows) * 1.0)
+
+
+def _plain(axes: Any, title: str) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.tick_params(labelsize=8)
+    axes.grid(True, color="#eeeeee", zorder=0)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _finish(figure: Any, file: Path, stamp: str, title: str) -> None:
+    figure.suptitle(title, fontsize=11)
+    figure.text(0.01, 0.01, textwrap.fill(stamp, 170), fontsize=7, color="#555555")
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
