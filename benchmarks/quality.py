@@ -101,7 +101,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder for CSV and PNGs")
     args = parser.parse_args()
-    for package in ("matplotlib", "sklearn"):
+    for package in ("matplotlib", *["sklearn"] * ("trainings" in args.parts)):
         if find_spec(package) is None:
             parser.error(f"{package} is not installed: pip install '.[bench]'")
     args.steps = args.steps or (60 if args.quick else 1600)

@@ -52,7 +52,7 @@ def draw_forced(file: Path, stamp: str, rows: Sequence[Measured]) -> None:
     left.set_xlabel("step", fontsize=9)
     _plain(left, "error of the update: |u − u of fp32| / |u of fp32|")
     _dots(right, "largest |update| of all steps", rows)
-    right.legend(fontsize=8, frameon=False, loc="lower right")
+    right.legend(fontsize=8, frameon=False, loc="upper right")
     _finish(figure, file, stamp, "Adam's update from coded moments, on fp32's gradients")
 
 
@@ -60,23 +60,28 @@ def draw_sweeps(file: Path, stamp: str, rows: Sequence[Measured]) -> None:
     """Errors and largest updates, a column for each setting."""
     settings = list(dict.fromkeys(row.setting for row in rows))
     shown = [row for row in rows if row.contender in field.SWEPT]
-    figure, panels = pyplot.subplots(2, len(settings), figsize=(13, 6), sharey=True, sharex="row")
+    figure, panels = pyplot.subplots(
+        2, len(settings), figsize=(13, 6.3), sharey="row", sharex="row"
+    )
     for setting, (top, bottom) in zip(settings, panels.T, strict=True):
         mine = [row for row in shown if row.setting == setting]
         compared = [row for row in mine if row.contender != field.FP32]
-        names = [row.contender for row in mine]
-        colors = [COLORS[row.contender] for row in compared]
+        names = [row.contender for row in compared]
         errors = [row.errors[row.last] for row in compared]
-        top.scatter(errors, [row.contender for row in compared], c=colors, s=45, zorder=3)
-        for row, error in zip(compared, errors, strict=True):
-            top.annotate(f" {error:.3f}", (error, row.contender), fontsize=7, va="bottom")
+        top.scatter(errors, names, c=[COLORS[name] for name in names], s=45, zorder=3)
+        for name, error in zip(names, errors, strict=True):
+            top.annotate(f"  {error:.3f}", (error, name), fontsize=7, va="bottom")
         top.set_xscale("log")
-        _plain(top, str(setting))
-        _dots(bottom, "", mine)
+        top.margins(x=0.25)
         top.set_ylim(len(names) - 0.5, -0.5)
+        _plain(top, str(setting).replace(", ", "\n"))
+        _dots(bottom, "", mine)
     panels[0, 0].set_xlabel("error of the update at the end", fontsize=8)
-    panels[1, 0].set_xlabel("largest |update|", fontsize=8)
-    panels[1, 0].legend(fontsize=7, frameon=False, loc="upper right")
+    panels[1, 0].set_xlabel("largest |update| of all steps", fontsize=8)
+    figure.legend(
+        *panels[1, 0].get_legend_handles_labels(),
+        **{"fontsize": 8, "frameon": False, "loc": "lower right", "ncols": 2},
+    )
     _finish(figure, file, stamp, "The same at other β₂ and at other sizes of gradients")
 
 
@@ -95,7 +100,9 @@ def draw_trainings(
                 for one in trained
                 if (one.lesson, one.configuration, one.lr) == (lesson.name, name, lesson.lr)
             ]
-            left.scatter(losses, [place] * len(losses), c=COLORS[name], marker=MARKERS[name], s=30)
+            left.scatter(
+                losses, [place] * len(losses), c=COLORS[name], marker=MARKERS[name], s=30, zorder=3
+            )
             left.plot([spread.mean] * 2, [place - 0.3, place + 0.3], color="#333333", lw=2)
             means = [spread_at(lesson, trained, name, lr).mean for lr in lesson.lrs]
             right.plot(

@@ -24,9 +24,8 @@ class Setting:
     scale: float = 1.0
 
     def __str__(self) -> str:
-        return f"β₂ = {self.beta2:g}" + (
-            "" if self.scale == 1.0 else f", gradients × {self.scale:g}"
-        )
+        scaled = "" if self.scale == 1.0 else f", gradients × {self.scale:.0e}".replace("e-0", "e-")
+        return f"β₂ = {self.beta2:g}{scaled}".replace("e+0", "e")
 
 
 USUAL = Setting()
@@ -73,16 +72,15 @@ class Trial:
     def step(self, step: int, grads: Tensor, compare: bool) -> Tensor:
         """Give ``grads`` to all; returns the reference's update."""
         grads = grads * self._setting.scale
-        reference = torch.empty(0)
+        reference = self._contenders[field.FP32].update(grads)
         for name, contender in self._contenders.items():
-            update = contender.update(grads)
-            if name == field.FP32:
-                reference = update
-            largest = self._largest[name]
-            torch.maximum(largest, update.abs(), out=largest)
+            update = reference.clone() if name == field.FP32 else contender.update(grads)
             if compare:
-                error = (update - reference).norm() / reference.norm()
+                error = torch.dist(update, reference) / reference.norm()
                 self._errors[name][step] = error.item()
+            largest = self._largest[name]
+            torch.maximum(largest, update.abs_(), out=largest)
+            if compare:
                 self._growth[name][step] = largest.max().item()
         return reference
 

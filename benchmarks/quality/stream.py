@@ -15,7 +15,7 @@ from torch import Tensor, nn
 corpus_module, gpt = module("examples/corpus.py"), module("examples/gpt.py")
 
 LAYERS, WIDTH, CONTEXT, BATCH = 2, 64, 64, 16
-ORDER, TABLE_ROWS = 3, 8192
+ORDER, TABLE_ROWS = 3, 4096
 LR, WARM_UP = 2e-3, 50
 
 
