@@ -1,5 +1,6 @@
 """The figures of benchmarks/quality.py."""
 
+import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from matplotlib.ticker import NullLocator
 
 from quality import field
 from quality.forced import RARE, Measured
-from quality.report import spread_at, usual_spreads
+from quality.report import losses_at, usual_spreads
 from quality.trainings import BF16_PARAMS, FP32, LEAN, LEANEST, Lesson, Trained
 
 # Of Okabe and Ito's colours, which people with any colour vision can tell apart; ours are lines
@@ -93,41 +94,35 @@ def draw_trainings(
         len(lessons), 2, figsize=(13, 4.2 * len(lessons)), squeeze=False
     )
     for lesson, (left, right) in zip(lessons, panels, strict=True):
-        unit = f"held-out loss, nats per {lesson.per}"
-        for place, (name, spread) in enumerate(usual_spreads(lesson, trained).items()):
-            losses = [
-                one.loss
-                for one in trained
-                if (one.lesson, one.configuration, one.lr) == (lesson.name, name, lesson.lr)
-            ]
-            left.scatter(
-                losses, [place] * len(losses), c=COLORS[name], marker=MARKERS[name], s=30, zorder=3
-            )
+        spreads = usual_spreads(lesson, trained)
+        for place, (name, spread) in enumerate(spreads.items()):
+            look = {"color": COLORS[name], "marker": MARKERS[name]}
+            losses = losses_at(lesson, trained, name, lesson.lr)
+            left.scatter(losses, [place] * len(losses), s=30, zorder=3, **look)
             left.plot([spread.mean] * 2, [place - 0.3, place + 0.3], color="#333333", lw=2)
-            means = [spread_at(lesson, trained, name, lr).mean for lr in lesson.lrs]
-            right.plot(
-                lesson.lrs,
-                means,
-                color=COLORS[name],
-                marker=MARKERS[name],
-                ms=5,
-                lw=1.6,
-                label=name,
-            )
-        left.set_yticks(range(place + 1), list(usual_spreads(lesson, trained)))
+            by_lr = [losses_at(lesson, trained, name, lr) for lr in lesson.lrs]
+            means = [statistics.fmean(losses) for losses in by_lr]
+            right.plot(lesson.lrs, means, ms=5, lw=1.6, label=name, **look)
+            low, high = ([end(losses) for losses in by_lr] for end in (min, max))
+            right.fill_between(lesson.lrs, low, high, color=COLORS[name], alpha=0.15, lw=0)
+        left.set_yticks(range(len(spreads)), list(spreads))
         left.invert_yaxis()
         left.margins(y=0.3)
-        left.set_xlabel(unit, fontsize=9)
+        left.set_xlabel(f"held-out loss, nats per {lesson.per}", fontsize=9)
         right.set_xscale("log")
         right.set_yscale("log")
         right.yaxis.set_minor_locator(NullLocator())
         low, high = right.get_ylim()
-        ticks = [tick for tick in (0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0) if low < tick < high]
+        ticks = [
+            tick
+            for tick in (0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+            if low < tick < high
+        ]
         right.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         right.set_xlabel("learning rate", fontsize=9)
         right.legend(fontsize=8, frameon=False)
-        _plain(left, f"{lesson.name}, lr {lesson.lr:g}: seeds, and their mean as a bar")
-        _plain(right, f"{lesson.name}: mean of seeds by learning rate")
+        _plain(left, f"{lesson.name}, lr {lesson.lr:g}: each seed, and the mean as a bar")
+        _plain(right, f"{lesson.name}: mean and range of seeds")
     _finish(figure, file, stamp, "Whole trainings, on data that was never trained on")
 
 

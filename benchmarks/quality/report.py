@@ -114,9 +114,13 @@ def usual_spreads(lesson: Lesson, trained: Sequence[Trained]) -> dict[str, Sprea
 
 def spread_at(lesson: Lesson, trained: Sequence[Trained], name: str, lr: float) -> Spread:
     """Of ``name`` at ``lr``, over its seeds."""
+    return Spread.of(losses_at(lesson, trained, name, lr))
+
+
+def losses_at(lesson: Lesson, trained: Sequence[Trained], name: str, lr: float) -> list[float]:
+    """Of each seed."""
     wanted = (lesson.name, name, lr)
-    losses = [one.loss for one in trained if (one.lesson, one.configuration, one.lr) == wanted]
-    return Spread.of(losses)
+    return [one.loss for one in trained if (one.lesson, one.configuration, one.lr) == wanted]
 
 
 def forced_verdicts(rows: Sequence[Measured]) -> Iterator[Verdict]:
