@@ -97,7 +97,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--steps", type=int, help="of the stream of gradients (1,600)")
     parser.add_argument("--seeds", type=int, help="of trainings at the usual lr (5)")
-    parser.add_argument("--sweep-seeds", type=int, help="of trainings at other lrs (3)")
+    parser.add_argument("--sweep-seeds", type=int, help="of trainings at other lrs (2)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder for CSV and PNGs")
     args = parser.parse_args()
@@ -106,7 +106,7 @@ def _arguments() -> argparse.Namespace:
             parser.error(f"{package} is not installed: pip install '.[bench]'")
     args.steps = args.steps or (60 if args.quick else 1600)
     args.seeds = args.seeds or (2 if args.quick else 5)
-    args.sweep_seeds = args.sweep_seeds or (1 if args.quick else 3)
+    args.sweep_seeds = args.sweep_seeds or (1 if args.quick else 2)
     return args
 
 

@@ -1,8 +1,9 @@
 """The figures of benchmarks/quality.py."""
 
+import math
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ COLORS = {
     LEANEST: "#56B4E9",
 }
 MARKERS = {FP32: "s", BF16_PARAMS: "D", LEAN: "o", LEANEST: "^"}
-ALL, RARE_ROWS = "all elements", f"rows that 1 to {RARE} steps hit"
 
 
 def draw_forced(file: Path, stamp: str, rows: Sequence[Measured]) -> None:
@@ -46,14 +46,20 @@ def draw_forced(file: Path, stamp: str, rows: Sequence[Measured]) -> None:
     compared = [row for row in rows if row.contender != field.FP32]
     for row in compared:
         color = COLORS[row.contender]
-        style = "-" if row.contender in (field.BF16, field.Q16, field.Q8) else (0, (4, 1.5))
-        left.plot(list(row.errors), list(row.errors.values()), color=color, lw=1.8, ls=style)
-    left.set_yscale("log")
+        ours = row.contender in (field.BF16, field.Q16, field.Q8)
+        look = {"lw": 2.2, "zorder": 3} if ours else {"lw": 1.2, "ls": (0, (4, 1.5))}
+        left.plot(list(row.errors), list(row.errors.values()), color=color, **look)
     _label_ends(left, compared)
     left.set_xlabel("step", fontsize=9)
     _plain(left, "error of the update: |u − u of fp32| / |u of fp32|")
-    _dots(right, "largest |update| of all steps", rows)
+    rare = [row.largest_rare for row in rows]
+    names = [row.contender for row in rows]
+    _points(right, {row.contender: row.largest for row in rows}, label="all elements")
+    look = {"facecolors": "white", "edgecolors": [COLORS[name] for name in names], "zorder": 4}
+    right.scatter(rare, names, s=32, label=f"rows that 1 to {RARE} steps hit", **look)
+    right.hlines(names, rare, [row.largest for row in rows], color="#cccccc", lw=1.5)
     right.legend(fontsize=8, frameon=False, loc="upper right")
+    _plain(right, "largest |update| of all steps")
     _finish(figure, file, stamp, "Adam's update from coded moments, on fp32's gradients")
 
 
@@ -61,29 +67,19 @@ def draw_sweeps(file: Path, stamp: str, rows: Sequence[Measured]) -> None:
     """Errors and largest updates, a column for each setting."""
     settings = list(dict.fromkeys(row.setting for row in rows))
     shown = [row for row in rows if row.contender in field.SWEPT]
-    figure, panels = pyplot.subplots(
-        2, len(settings), figsize=(13, 6.3), sharey="row", sharex="row"
-    )
+    options = {"figsize": (13, 6.3), "sharey": "row", "sharex": "row"}
+    figure, panels = pyplot.subplots(2, len(settings), **options)
     for setting, (top, bottom) in zip(settings, panels.T, strict=True):
         mine = [row for row in shown if row.setting == setting]
-        compared = [row for row in mine if row.contender != field.FP32]
-        names = [row.contender for row in compared]
-        errors = [row.errors[row.last] for row in compared]
-        top.scatter(errors, names, c=[COLORS[name] for name in names], s=45, zorder=3)
-        for name, error in zip(names, errors, strict=True):
-            top.annotate(f"  {error:.3f}", (error, name), fontsize=7, va="bottom")
-        top.set_xscale("log")
-        top.margins(x=0.25)
-        top.set_ylim(len(names) - 0.5, -0.5)
+        errors = {row.contender: row.errors[row.last] for row in mine}
+        del errors[field.FP32]
+        _points(top, errors, edge=1.0)
         _plain(top, str(setting).replace(", ", "\n"))
-        _dots(bottom, "", mine)
+        _points(bottom, {row.contender: row.largest for row in mine}, edge=1000.0)
+        _plain(bottom, "")
     panels[0, 0].set_xlabel("error of the update at the end", fontsize=8)
     panels[1, 0].set_xlabel("largest |update| of all steps", fontsize=8)
-    figure.legend(
-        *panels[1, 0].get_legend_handles_labels(),
-        **{"fontsize": 8, "frameon": False, "loc": "lower right", "ncols": 2},
-    )
-    _finish(figure, file, stamp, "The same at other β₂ and at other sizes of gradients")
+    _finish(figure, file, stamp, "The same at other β₂ and other sizes of gradients (▶: off scale)")
 
 
 def draw_trainings(
@@ -126,31 +122,31 @@ def draw_trainings(
     _finish(figure, file, stamp, "Whole trainings, on data that was never trained on")
 
 
-def _dots(axes: Any, title: str, rows: Sequence[Measured]) -> None:
-    """Largest updates, filled of all elements, hollow of rare rows."""
-    names = [row.contender for row in rows]
-    colors = [COLORS[name] for name in names]
-    rare = [row.largest_rare for row in rows]
-    axes.hlines(names, rare, [row.largest for row in rows], color="#cccccc", lw=1.5)
-    axes.scatter([row.largest for row in rows], names, c=colors, s=45, zorder=3, label=ALL)
-    axes.scatter(
-        rare, names, facecolors="white", edgecolors=colors, s=32, zorder=4, label=RARE_ROWS
-    )
-    for row in rows:
-        place = (max(row.largest, row.largest_rare), row.contender)
-        text = f"{row.largest:,.3g}" if row.largest < 1000 else f"{row.largest:,.0f}"
+def _points(
+    axes: Any, values: Mapping[str, float], edge: float = math.inf, label: str | None = None
+) -> None:
+    """A point with its number for each contender; at the ``edge`` of what is farther out."""
+    for name, value in values.items():
+        far = value > edge
+        place = (edge if far else value, name)
+        text = f"{value:.3f}" if value < 1 else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+        look = {"color": COLORS[name], "marker": ">" if far else "o", "zorder": 3}
+        axes.scatter(*place, s=45, label=label, **look)
         axes.annotate(f"  {text}", place, fontsize=7, va="bottom")
+        label = None  # once
     axes.set_xscale("log")
-    axes.margins(x=0.18)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    _plain(axes, title)
+    axes.margins(x=0.22)
+    axes.set_ylim(len(values) - 0.5, -0.5)
 
 
 def _label_ends(axes: Any, rows: Sequence[Measured]) -> None:
-    """Names at the right ends of lines, apart from each other, on a logarithmic axis."""
-    height = 0.0
+    """Names at the right ends of lines, a text's height apart, on a logarithmic axis."""
+    axes.set_yscale("log")
+    axes.set_xlim(0, max(row.last for row in rows))
+    low, high = axes.get_ylim()
+    height, apart = 0.0, (high / low) ** 0.036
     for row in sorted(rows, key=lambda row: row.errors[row.last]):
-        height = max(row.errors[row.last], height * 1.28)
+        height = max(row.errors[row.last], height * apart)
         axes.annotate(
             f" {row.contender}, {row.errors[row.last]:.3f}",
             (row.last, height),
@@ -159,7 +155,6 @@ def _label_ends(axes: Any, rows: Sequence[Measured]) -> None:
             va="center",
             annotation_clip=False,
         )
-    axes.set_xlim(0, max(row.last for row in rows) * 1.0)
 
 
 def _plain(axes: Any, title: str) -> None:

@@ -1,5 +1,6 @@
 """Teacher-forced: all contenders get one stream's gradients, and their updates are compared."""
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,13 @@ class Measured:
     def last(self) -> int:
         """The step at the end."""
         return max(self.errors)
+
+    @property
+    def late_error(self) -> float:
+        """The median of the second half's, as one step's may be a peak."""
+        return statistics.median(
+            error for step, error in self.errors.items() if 2 * step > self.last
+        )
 
 
 class Trial:

@@ -45,7 +45,7 @@ def forced_table(rows: Sequence[Measured]) -> str:
     """One setting's."""
     steps = [step for step in SHOWN_STEPS if step in rows[0].errors] or [rows[0].last]
     heads = ["", "run as", "bytes/param", *(f"error at {step:,}" for step in steps)]
-    heads += ["largest update", "on rare rows", "bias of √v", "per element"]
+    heads += ["median", "largest update", "on rare rows", "bias of √v", "per element"]
     return _table(
         heads,
         (
@@ -54,6 +54,7 @@ def forced_table(rows: Sequence[Measured]) -> str:
                 field.says(row.contender),
                 f"{field.FIELD[row.contender].bytes:.2f}",
                 *(f"{row.errors[step]:.4f}" for step in steps),
+                f"{row.late_error:.4f}",
                 _large(row.largest),
                 _large(row.largest_rare),
                 f"{row.bias:+.4f}",
