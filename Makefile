@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 RANKS ?= 2
+MEMORY ?= full
 ARGS ?=
 EXTRAS ?= dev
 # Before all else and pinned, so that nothing below downloads another torch.
@@ -52,9 +53,9 @@ $(READY): .venv/torch.stamp pyproject.toml CMakeLists.txt $(CSRC)
 	@$(PIP) install --editable '.[$(EXTRAS)]'
 	@touch $@
 
-demo: $(READY) ## train a small GPT on RANKS=2 ranks; ARGS go to examples/train_gpt.py
+demo: $(READY) ## train a small GPT on RANKS=2 ranks, with MEMORY=full, lean or leanest; ARGS go to examples/train_gpt.py
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} exec $(BIN)/python examples/launch.py --standalone \
-		--nproc-per-node $(RANKS) examples/train_gpt.py $(ARGS)
+		--nproc-per-node $(RANKS) examples/train_gpt.py --memory $(MEMORY) $(ARGS)
 
 test: $(READY) ## run the tests; ARGS go to pytest
 	$(BIN)/pytest $(ARGS)

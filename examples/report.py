@@ -28,6 +28,7 @@ class Run:
 
     optimizer: str
     losses: list[float]  # nats per byte, mean over the ranks, one per step
+    param_bytes: int
     state_bytes: list[int]  # one per rank
     held_out_bits: float  # per byte
     seconds: float
@@ -59,8 +60,9 @@ def print_table(console: Console, title: str, runs: Sequence[Run], zlib: Zlib) -
     for run in runs:
         table.add_column(run.optimizer, justify="right")
     table.add_column("zlib -9", justify="right")
+    table.add_row("params", *(megabytes(run.param_bytes) for run in runs), "")
     for rank, sizes in enumerate(zip(*(run.state_bytes for run in runs), strict=True)):
-        table.add_row(f"optimizer state, rank {rank}", *map(megabytes, sizes), "")
+        table.add_row(f"state, rank {rank}", *map(megabytes, sizes), "")
     table.add_section()
     bits = [f"{run.held_out_bits:.3f}" for run in runs]
     table.add_row("held-out bits per byte", *bits, f"{zlib.held_out_bits:.3f}", style="bold")

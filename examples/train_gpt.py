@@ -71,6 +71,12 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     model.add_argument("--seed", type=int, default=0, help="of the initial weights and the batches")
     model.add_argument("--shard-grads", action="store_true", help="shard gradients too (ZeRO-2)")
+    model.add_argument(
+        "--memory",
+        choices=("full", "lean", "leanest"),
+        default="full",
+        help=f"{OURS}'s: lean and leanest train bfloat16 params with coded state",
+    )
     files = parser.add_argument_group("files")
     files.add_argument(
         "--data",
@@ -108,6 +114,8 @@ def main() -> None:
     for name in (OURS,) if args.skip_baseline else (OURS, THEIRS):
         torch.manual_seed(args.seed)
         model = GPT(args.layers, args.width, args.context)
+        if name == OURS and args.memory != "full":
+            model.to(torch.bfloat16)
         run = train(name, model, args, corpus, interruption, console)
         if run is None:
             break
@@ -134,7 +142,7 @@ def train(
     wrapped, optimizer = (with_shardadam if name == OURS else with_torch)(model, args)
     scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, args.steps))
     directory = args.out / "checkpoints" / name
-    keys = ("steps", "batch_size", "context", "layers", "width", "lr", "seed")
+    keys = ("steps", "batch_size", "context", "layers", "width", "lr", "seed", "memory")
     settings = {**{key: getattr(args, key) for key in keys}, "text": corpus.digest}
     # Batches are drawn anew for each step, so there are no random generators to save.
     saved: dict[str, Any] = {"model": model, "lr_scheduler": scheduler, "rng": False}
@@ -153,7 +161,8 @@ def train(
     started, started_at = time.perf_counter(), len(losses)
     stopped = False
     color = BLUE if name == OURS else ORANGE
-    progress = StepProgress(console, name, color, started_at, args.steps)
+    label = name if name == THEIRS or args.memory == "full" else f"{name}, {args.memory}"
+    progress = StepProgress(console, label, color, started_at, args.steps)
     with progress:
         while len(losses) < args.steps and not stopped:
             inputs, targets = corpus.batch(
@@ -188,8 +197,9 @@ def train(
         return None
     seconds = seconds_before + time.perf_counter() - started
     return Run(
-        name,
+        label,
         losses,
+        sum(param.nbytes for param in model.parameters()),
         every_rank(state_bytes(optimizer)),
         held_out_bits_per_byte(model, corpus, args),
         seconds,
@@ -204,6 +214,7 @@ def with_shardadam(model: GPT, args: argparse.Namespace) -> tuple[nn.Module, tor
         **hyperparameters(args),
         max_grad_norm=MAX_GRAD_NORM,
         shard_grads=args.shard_grads,
+        memory=args.memory,
     )
 
 

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from shardadam.kernels import Hyperparameters
 from shardadam.optimizer import ShardedOptimizer
-from shardadam.options import DEFAULT_BUCKET_BYTES, GradSync, Master, Options
+from shardadam.options import (
+    DEFAULT_BUCKET_BYTES,
+    GradSync,
+    Master,
+    Memory,
+    Options,
+    State,
+    formats,
+)
 
 _ARGUMENTS = """
 
@@ -35,11 +43,19 @@ _ARGUMENTS = """
             clipping by a global norm, no GradScaler; accumulate under `no_sync()`.
         max_grad_norm: clip the global norm of the averaged gradients inside `step()`; the norm
             measured is then in ``grad_norm``. float("inf") measures and does not clip.
+        state: how exp_avg and exp_avg_sq are kept, see docs/low_memory.md. "fp32": 8 bytes per
+            param. "bf16": 4. "q16": 3.03, in blocks of 128 elements. "q8": 2.03.
         master: the fp32 master weights of 16-bit params. "auto": "split" for bfloat16, "fp32" for
             float16. "split": bfloat16 and a 16-bit remainder that together are the fp32 master,
             exactly (2 more bytes per param). "fp32": a copy beside the param (4 more bytes).
+            "split8": a remainder of 8 bits, stochastically rounded (1 more byte). "none": the
+            bfloat16 param alone, stochastically rounded.
+        memory: names for a state and a master: "full" is the default, "lean" is "q16" and "split",
+            "leanest" is "q8" and "split8".
         bucket_bytes: params are packed into buckets of about this many bytes: the unit of
             communication, and of the memory in transit.
+        seed: of the random bits of stochastic rounding, which depend on it, the step and the place
+            of an element, and on nothing else: not on the world size, nor on torch's generators.
 
     Raises:
         ValueError: a hyperparameter out of range, in torch's words; params that can't be optimized,
@@ -78,8 +94,11 @@ class Adam(_AdamRule, torch.optim.Adam):
         shard_grads: bool = False,
         update_in_backward: bool = False,
         max_grad_norm: float | None = None,
+        state: State = "fp32",
         master: Master = "auto",
+        memory: Memory | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        seed: int = 0,
     ) -> None:
         options = Options(
             process_group,
@@ -87,8 +106,9 @@ class Adam(_AdamRule, torch.optim.Adam):
             shard_grads,
             update_in_backward,
             max_grad_norm,
-            master,
+            *formats(memory, state, master),
             bucket_bytes,
+            seed,
         )
         super().__init__(
             params,
@@ -130,8 +150,11 @@ class AdamW(_AdamRule, torch.optim.AdamW):
         shard_grads: bool = False,
         update_in_backward: bool = False,
         max_grad_norm: float | None = None,
+        state: State = "fp32",
         master: Master = "auto",
+        memory: Memory | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        seed: int = 0,
     ) -> None:
         options = Options(
             process_group,
@@ -139,8 +162,9 @@ class AdamW(_AdamRule, torch.optim.AdamW):
             shard_grads,
             update_in_backward,
             max_grad_norm,
-            master,
+            *formats(memory, state, master),
             bucket_bytes,
+            seed,
         )
         super().__init__(
             params,
@@ -182,8 +206,11 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
         shard_grads: bool = False,
         update_in_backward: bool = False,
         max_grad_norm: float | None = None,
+        state: State = "fp32",
         master: Master = "auto",
+        memory: Memory | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        seed: int = 0,
     ) -> None:
         options = Options(
             process_group,
@@ -191,8 +218,9 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
             shard_grads,
             update_in_backward,
             max_grad_norm,
-            master,
+            *formats(memory, state, master),
             bucket_bytes,
+            seed,
         )
         super().__init__(
             params,

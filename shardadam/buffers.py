@@ -1,14 +1,18 @@
 """Flat storage: params as views of a bucket's buffer, and the state of this rank's shard of it."""
 
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shardadam.kernels import Coefficients, Run, Slot
-from shardadam.kernels.run import in_memory_order, state_dtype
-from shardadam.layout import Bucket, Piece
+from shardadam.kernels.run import in_memory_order
+from shardadam.kernels.state_formats import MASTERS, MOMENTS, StateFormat, is_scale, part_of
+from shardadam.layout import ALIGNMENT, Bucket, Piece
 
 _address = torch._C.TensorBase.data_ptr
 _is_contiguous: Callable[[Tensor], bool] = torch._C.TensorBase.is_contiguous
@@ -26,12 +30,42 @@ def real_numel(param: Tensor) -> int:
     return param.numel() * (2 if param.is_complex() else 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How a bucket's state is stored, and where its random bits come from.
+
+    ``form``: of the moments. ``master``: one of `MASTERS`; None where the param is all there is.
+    ``amsgrad``: whether there is a maximum from the start. ``seed``: see `kernels.random_bits`.
+    """
+
+    form: StateFormat
+    master: str | None
+    amsgrad: bool
+    seed: int
+
+    def draws(self, dtype: torch.dtype) -> bool:
+        """Whether params of ``dtype`` are updated with random bits."""
+        whole = dtype != torch.bfloat16 or self.master in ("master", "remainder")
+        return self.form.dtypes is not None or not whole
+
+
 class FlatBucket:
     """One bucket: ``flat`` (all ranks' shards of params), ``state`` (this rank's shard only).
 
-    ``state`` maps "exp_avg", "exp_avg_sq" and, where used, "max_exp_avg_sq", "master" (float32) or
-    "remainder" (int16) to tensors of ``bucket.shard_numel`` elements. ``scalars`` maps "step" (and
-    NAdam's "mu_product") to tensors of one element per span.
+    ``state`` maps the names of [Note: state formats] and one of `MASTERS` to tensors of
+    ``bucket.shard_numel`` elements, or of one per block. ``scalars`` maps "step" (and NAdam's
+    "mu_product") to tensors of one element per span. ``continues``: whether a run can go on from
+    the span before to each span.
+
+    Args:
+        bucket: which elements of which params.
+        params: of its spans.
+        names: of its spans.
+        first_blocks: the numbers of the spans' first blocks, for `Run`.
+        rank: whose shard.
+        storage: of the state.
+        scalars: the initial values.
+        scalars_on_device: whether they are where the params are, or on the host.
     """
 
     def __init__(
@@ -39,9 +73,9 @@ class FlatBucket:
         bucket: Bucket,
         params: Sequence[Tensor],
         names: Sequence[str],
+        first_blocks: Sequence[int],
         rank: int,
-        master: str | None,
-        amsgrad: bool,
+        storage: Storage,
         scalars: dict[str, float],
         *,
         scalars_on_device: bool = False,
@@ -87,24 +121,70 @@ class FlatBucket:
             for name, initial in scalars.items()
         }
         self.initial_scalars = dict(scalars)
-        self.master = master
+        self.form, self.master, self._seed = storage.form, storage.master, storage.seed
+        self._first_blocks = list(first_blocks)
+        self.continues = self._continues(storage)
+        # Of a scale's blocks, nothing but the order of memory says which elements they are.
+        self._order_names = [order_name(view) for view in self.views]
         self.state: dict[str, Tensor] = {}
         self._runs: dict[tuple[int, int, bool], Run] = {}
         self._runs_in_place: list[Run | None] = [None] * len(self.params)
         self._amsgrad_in_place: list[bool] = []
-        for name in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ())):
-            self.add_state(name)
-        if master is not None:
-            self.add_state(master)
-        if master == "master":
-            self.state[master].copy_(self.shard)
+        for name in self.form.tensors(storage.amsgrad).values():
+            self._add_state(name, self.form.dtype(name, self.dtype))
+        if self.master is not None:
+            self._add_state(self.master, MASTERS[self.master])
+        if self.master == "master":
+            self.state[self.master].copy_(self.shard)
 
-    def add_state(self, name: str) -> None:
-        """Add a zeroed state tensor for the shard."""
-        dtype = torch.int16 if name == "remainder" else state_dtype(self.dtype)
-        self.state[name] = torch.zeros(self.bucket.shard_numel, dtype=dtype, device=self.device)
+    def _continues(self, storage: Storage) -> list[bool]:
+        """As the attribute.
+
+        What lies between neighbours is padding; but random bits go by the number of a block, and a
+        frozen param between two has numbers too.
+        """
+        offsets = [span.offset // ALIGNMENT for span in self.bucket.spans]
+        ahead = [n - offset for n, offset in zip(self._first_blocks, offsets, strict=True)]
+        draws = storage.draws(self.dtype)
+        return [False, *(not draws or a == b for a, b in itertools.pairwise(ahead))]
+
+    @property
+    def has_maximum(self) -> bool:
+        """Whether there is a place for AMSGrad's maximum."""
+        return self.form.names[2] in self.state
+
+    def add_maximum(self) -> None:
+        """Make a place for AMSGrad's maximum, of zeros, if there is none."""
+        if self.has_maximum:
+            return
+        for name in self.form.tensors(True).values():
+            if name not in self.state:
+                self._add_state(name, self.form.dtype(name, self.dtype))
         self._runs.clear()
         self._runs_in_place = [None] * len(self.params)
+
+    def _add_state(self, name: str, dtype: torch.dtype) -> None:
+        numel = self.bucket.shard_numel
+        part = part_of(name, 0, numel)
+        self.state[name] = torch.zeros(part.stop, dtype=dtype, device=self.device)
+
+    @property
+    def padding_bytes(self) -> int:
+        """Of the state, what belongs to no element of a param: the rest of blocks and of shards."""
+        owned = sum(piece.numel for piece in self.pieces)
+        blocks = sum(-(-piece.numel // ALIGNMENT) for piece in self.pieces)
+        return sum(
+            (tensor.numel() - (blocks if is_scale(name) else owned)) * tensor.itemsize
+            for name, tensor in self.state.items()
+        )
+
+    def shown_name(self, index: int, name: str) -> str:
+        """What ``optimizer.state`` and its state dicts call tensor ``name`` of span ``index``.
+
+        Scales of params that are not row-major have the order of their dims in it: blocks are of
+        memory, and codes of another order must not be read by them.
+        """
+        return name + self._order_names[index] if is_scale(name) else name
 
     def check_views(self) -> None:
         """Raise ValueError, naming the param, if one no longer is the view that it was made."""
@@ -146,7 +226,7 @@ class FlatBucket:
         view = self.views[piece.span]
         tensor = tensor.resolve_conj().resolve_neg()  # the kernel reads memory
         if tensor.stride() != view.stride():
-            tensor = torch.empty_like(view).copy_(tensor)
+            tensor = torch.empty_like(view, dtype=tensor.dtype).copy_(tensor)
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor)
         if piece.numel == tensor.numel():
@@ -161,40 +241,62 @@ class FlatBucket:
 
     def shard_piece(self, index: int) -> Tensor:
         """The owned elements of the param of span ``index``."""
-        piece = self.pieces[index]
-        return self.shard[piece.shard_offset : piece.shard_offset + piece.numel]
+        return self.shard[self.owned_range(index, index)]
 
     def state_of(self, index: int) -> dict[str, Tensor]:
         """What ``optimizer.state`` shows for the param of span ``index``: views, no copies.
 
         Shaped like the param where this rank owns all of it, else the owned elements in the order
-        of memory (1-D, possibly empty).
+        of memory (1-D, possibly empty), as scales always are.
         """
         piece, param = self.pieces[index], self.params[index]
         shown = {name: values[index] for name, values in self.scalars.items()}
-        for name, tensor in self.state.items():
-            owned = tensor[piece.shard_offset : piece.shard_offset + piece.numel]
-            if piece.numel == self.bucket.spans[index].numel:
+        for name, owned in self.owned_state(index).items():
+            if piece.numel == self.bucket.spans[index].numel and not is_scale(name):
                 owned = view_like(param, owned)
-            shown[name] = owned
+            shown[self.shown_name(index, name)] = owned
         return shown
 
+    def owned_state(self, index: int) -> dict[str, Tensor]:
+        """The state of the owned elements of span ``index``, 1-D views."""
+        part = self.owned_range(index, index)
+        return {n: tensor[part_of(n, part.start, part.stop)] for n, tensor in self.state.items()}
+
+    def owned_range(self, first: int, last: int) -> slice:
+        """Where in the shard the owned elements of spans ``first`` to ``last`` are."""
+        end = self.pieces[last]
+        return slice(self.pieces[first].shard_offset, end.shard_offset + end.numel)
+
     def run(
-        self, start: int, stop: int, grad: Tensor, coefficients: Coefficients | Slot, amsgrad: bool
+        self,
+        first: int,
+        last: int,
+        grad: Tensor,
+        coefficients: Coefficients | Slot,
+        amsgrad: bool,
     ) -> Run:
-        """The run of shard elements ``[start, stop)``. Kept: the next step's call changes it."""
+        """The run of the owned elements of spans ``first`` to ``last``, whose gradient is ``grad``.
+
+        Kept: the next step's call changes it.
+        """
+        part = self.owned_range(first, last)
+        start, stop = part.start, part.stop
         run = self._runs.get((start, stop, amsgrad))
         if run is None:
             if len(self._runs) > 4 * len(self.pieces):
                 self._runs.clear()  # other params have gradients at every step
+            number = self._first_blocks[first] + self.pieces[first].param_offset // ALIGNMENT
+            fields: dict[str, Any] = dict.fromkeys(MOMENTS)
+            for field, name in self.form.tensors(amsgrad).items():
+                fields[field] = self.state[name][part_of(name, start, stop)]
             run = self._runs[start, stop, amsgrad] = Run(
-                self.shard[start:stop],
-                self.state["exp_avg"][start:stop],
-                self.state["exp_avg_sq"][start:stop],
-                self.state["max_exp_avg_sq"][start:stop] if amsgrad else None,
-                None if self.master is None else self.state[self.master][start:stop],
-                grad,
-                coefficients,
+                param=self.shard[part],
+                master=None if self.master is None else self.state[self.master][part],
+                grad=grad,
+                coefficients=coefficients,
+                first_block=number,
+                seed=self._seed,
+                **fields,
             )
         run.grad, run.coefficients = grad, coefficients
         return run
@@ -235,10 +337,8 @@ class FlatBucket:
             if not (plain and grad.is_contiguous() and not grad.is_neg()):
                 grad = self.owned_part(index, grad)
             if run is None:
-                piece = self.pieces[index]
-                start, stop = piece.shard_offset, piece.shard_offset + piece.numel
                 switched_on = amsgrad[self.bucket.spans[index].group]
-                run = self.run(start, stop, grad, shared, switched_on)
+                run = self.run(index, index, grad, shared, switched_on)
                 self._runs_in_place[index] = run
             run.grad, run.coefficients = grad, shared
             runs.append(run)
@@ -255,6 +355,13 @@ def view_like(param: Tensor, flat: Tensor) -> Tensor:
         flat = torch.view_as_complex(flat.view(flat.numel() // 2, 2))
     strides = torch.empty_like(param, device="meta", memory_format=torch.preserve_format).stride()
     return flat.as_strided(param.shape, strides)
+
+
+def order_name(tensor: Tensor) -> str:
+    """The order of the dims of more than one element in memory; "" where it is row-major."""
+    dims = [dim for dim in range(tensor.dim()) if tensor.shape[dim] != 1]
+    order = sorted(dims, key=tensor.stride, reverse=True)
+    return "" if order == dims or not tensor.numel() else f"@{'-'.join(map(str, order))}"
 
 
 def describe(tensor: Tensor) -> str:

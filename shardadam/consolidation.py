@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from shardadam.agreement import Point, digest, first_difference, meet
 from shardadam.buffers import FlatBucket, view_like
 from shardadam.collectives import Communicator
+from shardadam.kernels.state_formats import decode, is_scale, part_of
 from shardadam.state_dict import ids_of
 
 
@@ -27,7 +30,8 @@ def consolidate(
         to: the receiver, in the process group.
         broken: what broke an earlier step off, if anything did.
 
-    The tensors of one bucket share their storage.
+    The tensors of one bucket share their storage. Coded moments are there twice: as they are, which
+    a coded optimizer reads, and as what they stand for, which any other does.
 
     Raises:
         ValueError: ``to`` is not a rank, or differs between ranks.
@@ -56,16 +60,27 @@ def consolidate(
         flats = communicator.gather(list(bucket.state.values()), to)
         if communicator.rank != to:
             continue
-        for index, (param, span) in enumerate(zip(bucket.params, bucket.bucket.spans, strict=True)):
+        for index, param in enumerate(bucket.params):
             if param not in ids:
                 continue  # its group has been removed
-            part = slice(span.offset, span.offset + span.numel)
             state[ids[param]] = {
                 **state.get(ids[param], {}),
                 **{name: values[index].cpu().clone() for name, values in bucket.scalars.items()},
-                **{
-                    name: view_like(param, flat[part])
-                    for name, flat in zip(bucket.state, flats, strict=True)
-                },
+                **_shaped(bucket, index, dict(zip(bucket.state, flats, strict=True))),
             }
     return {**packed, "state": state} if communicator.rank == to else None
+
+
+def _shaped(bucket: FlatBucket, index: int, flats: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of span ``index`` of all ranks; coded moments also as float32 ones."""
+    span, param = bucket.bucket.spans[index], bucket.params[index]
+    start, stop = span.offset, span.offset + span.numel
+    parts = {name: flat[part_of(name, start, stop)] for name, flat in flats.items()}
+    decoded = decode(bucket.form, parts) if bucket.form.has_scales else {}
+    return {
+        **{name: view_like(param, values) for name, values in decoded.items()},
+        **{
+            bucket.shown_name(index, name): part if is_scale(name) else view_like(param, part)
+            for name, part in parts.items()
+        },
+    }

@@ -86,6 +86,7 @@ class ShardedOptimizer(ShardedState):
         settings += [type(self).__name__, *self._options.lines()]
         buckets = placement.place(
             candidates,
+            placement.block_numbers(self.param_groups),
             settings,
             self._scalars,
             self._communicator,
@@ -386,6 +387,7 @@ class ShardedOptimizer(ShardedState):
             return super().__repr__()
         ranks = self._communicator
         held = sum(t.nbytes for bucket in self._buckets for t in bucket.state.values())
+        padding = sum(bucket.padding_bytes for bucket in self._buckets)
         beside = (
             "" if self._gate is None else f"gathered beside {self._gate.model_name}'s forward, "
         )
@@ -393,5 +395,6 @@ class ShardedOptimizer(ShardedState):
             f"{super().__repr__()}\n"
             f"sharded: rank {ranks.rank} of {ranks.world_size} ({ranks.backend}), "
             f"{self._options.describe_grads()}, {beside}{len(self._buckets)} buckets, "
-            f"{held:,} bytes of state on this rank, update by {self._backend.name}"
+            f"{self._options.describe_state()}: {held:,} bytes on this rank, {padding:,} of them "
+            f"padding, update by {self._backend.name}"
         )

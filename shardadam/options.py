@@ -8,9 +8,36 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 GradSync = Literal["mean", "none"]
-Master = Literal["auto", "split", "fp32"]
+State = Literal["fp32", "bf16", "q16", "q8"]
+Master = Literal["auto", "fp32", "split", "split8", "none"]
+Memory = Literal["full", "lean", "leanest"]
 
 DEFAULT_BUCKET_BYTES = 16 * 2**20
+
+_MEMORY: dict[Memory, tuple[State, Master]] = {
+    "full": ("fp32", "auto"),
+    "lean": ("q16", "split"),
+    "leanest": ("q8", "split8"),
+}
+_STATES = ("fp32", "bf16", "q16", "q8")
+_MASTERS = ("auto", "fp32", "split", "split8", "none")
+
+
+def formats(memory: Memory | None, state: State, master: Master) -> tuple[State, Master]:
+    """``state`` and ``master``, or those that ``memory`` stands for.
+
+    Raises:
+        ValueError: an unknown name, or both are given.
+    """
+    if memory is None:
+        return state, master
+    _one_of("memory", memory, tuple(_MEMORY))
+    if (state, master) != ("fp32", "auto"):
+        raise ValueError(
+            f"memory={memory!r} stands for a state and a master, found state={state!r} and "
+            f"master={master!r} beside it: expected the one or the others"
+        )
+    return _MEMORY[memory]
 
 
 @dataclass(frozen=True)
@@ -22,13 +49,16 @@ class Options:
     shard_grads: bool
     update_in_backward: bool
     max_grad_norm: float | None
+    state: State
     master: Master
     bucket_bytes: int
+    seed: int
 
     def __post_init__(self) -> None:
         """Raise ValueError for what can't be."""
         _one_of("grad_sync", self.grad_sync, ("mean", "none"))
-        _one_of("master", self.master, ("auto", "split", "fp32"))
+        _one_of("state", self.state, _STATES)
+        _one_of("master", self.master, _MASTERS)
         if self.shard_grads and self.grad_sync == "none":
             raise ValueError(
                 'shard_grads=True reduces gradients during backward, grad_sync="none" says that '
@@ -43,12 +73,18 @@ class Options:
             raise ValueError(f"Invalid max_grad_norm: {self.max_grad_norm}, expected more than 0")
         if self.bucket_bytes <= 0:
             raise ValueError(f"Invalid bucket_bytes: {self.bucket_bytes}, expected more than 0")
+        if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"Invalid seed: {self.seed!r}, expected an int of 64 bits")
 
     def describe_grads(self) -> str:
         """How gradients are exchanged, for the user."""
         if self.update_in_backward:
             return f"updated in backward, grad_sync={self.grad_sync!r}"
         return "sharded in backward" if self.shard_grads else f"grad_sync={self.grad_sync!r}"
+
+    def describe_state(self) -> str:
+        """How the state is kept, for the user."""
+        return f"state={self.state!r}, master={self.master!r}"
 
     def lines(self) -> list[str]:
         """What must be equal on every rank, a line each."""

@@ -1,7 +1,7 @@
 """From param groups to buckets: which params, checked alone and against the other ranks."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 
 from shardadam.agreement import Point, digest, first_difference, meet
-from shardadam.buffers import FlatBucket, describe, real_dtype, real_numel
+from shardadam.buffers import FlatBucket, Storage, describe, real_dtype, real_numel
 from shardadam.collectives import Communicator
 from shardadam.kernels import supports
-from shardadam.layout import Bucket, Entry, plan_buckets
+from shardadam.kernels.state_formats import FORMATS
+from shardadam.layout import ALIGNMENT, Bucket, Entry, plan_buckets
 from shardadam.options import Options
 
+_BFLOAT16_MASTERS = {
+    **{"auto": "remainder", "split": "remainder", "split8": "remainder8"},
+    **{"fp32": "master", "none": None},
+}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -101,6 +106,25 @@ def unplaced(param_groups: Sequence[dict[str, Any]], known: set[int]) -> list[Ca
     return list(found.values())
 
 
+def block_numbers(param_groups: Sequence[dict[str, Any]]) -> dict[Tensor, int]:
+    """The number of every param's first block of ALIGNMENT elements: random bits go by it.
+
+    Group by group and dtype by dtype, last registered first as in the buckets, so that what lies
+    side by side in one is numbered on. Frozen params have numbers too: a param has the same
+    whenever it is unfrozen, whatever the world size and the buckets.
+    """
+    numbers: dict[Tensor, int] = {}
+    first = 0
+    for group in param_groups:
+        dtypes = dict.fromkeys(param.dtype for param in group["params"])
+        for dtype in dtypes:
+            for param in reversed(group["params"]):
+                if param.dtype == dtype and param not in numbers:
+                    numbers[param] = first
+                    first += -(-real_numel(param) // ALIGNMENT)
+    return numbers
+
+
 def hyperparameters(param_groups: Sequence[dict[str, Any]], names: Iterable[str]) -> list[str]:
     """What of every group must be equal on every rank, a line each.
 
@@ -127,6 +151,7 @@ def _plain(value: object) -> object:
 @torch.no_grad()
 def place(
     candidates: Sequence[Candidate],
+    numbers: Mapping[Tensor, int],
     settings: Sequence[str],
     scalars: dict[str, float],
     communicator: Communicator,
@@ -140,6 +165,7 @@ def place(
 
     Args:
         candidates: what to lay out; the same on every rank.
+        numbers: those of `block_numbers`.
         settings: hyperparameters and options, a line each; the same on every rank.
         scalars: the per-param scalars of the state and their initial values.
         communicator: the ranks.
@@ -190,9 +216,14 @@ def place(
                 bucket,
                 [candidates[index].param for index in indices],
                 [candidates[index].name for index in indices],
+                [numbers[candidates[index].param] for index in indices],
                 communicator.rank,
-                masters[indices[0]],
-                keys[indices[0]][1],
+                Storage(
+                    FORMATS[options.state],
+                    masters[indices[0]],
+                    candidates[indices[0]].amsgrad,
+                    options.seed,
+                ),
                 scalars,
                 scalars_on_device=scalars_on_device,
             )
@@ -213,13 +244,18 @@ def _master(candidate: Candidate, device: torch.device, options: Options) -> str
             f"{name}: expected a dense float32, float64, bfloat16, float16 or complex param, "
             f"found {describe(param)} ({param.layout})"
         )
+    if options.state != "fp32" and (param.is_complex() or param.dtype == torch.float64):
+        raise ValueError(
+            f"{name} is {str(param.dtype).removeprefix('torch.')}, and state={options.state!r} is "
+            'of float32, bfloat16 and float16 params: expected state="fp32"'
+        )
     if param.dtype == torch.bfloat16:
-        return "master" if options.master == "fp32" else "remainder"
+        return _BFLOAT16_MASTERS[options.master]
     if param.dtype == torch.float16:
-        if options.master == "split":
+        if options.master not in ("auto", "fp32"):
             raise ValueError(
-                f"{name} is float16: 16 more bits can't make a float32 of it, as they can of a "
-                'bfloat16; expected master="auto" or "fp32"'
+                f"{name} is float16: master={options.master!r} makes a float32 of a bfloat16 and "
+                'more bits, and can\'t of a float16; expected master="auto" or "fp32"'
             )
         return "master"
     return None

@@ -2,8 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,18 +10,12 @@ from torch import Tensor
 
 from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
-from shardadam.kernels.run import in_memory_order
-from shardadam.shard_tensor import Extent, ShardTensor, extent_of
-from shardadam.shards import ParamShard, shard_of, shards_of
+from shardadam.entry_reader import EntryReader, Write, extent, is_ours
+from shardadam.shard_tensor import ShardTensor
+from shardadam.shards import ParamShard, shards_of
 from shardadam.shown_state import ShownState, plain
 
 _Places = Mapping[Tensor, tuple[FlatBucket, int]]
-Write = Callable[[], object]
-
-# What a param's entry may hold of ours: the rest is somebody else's.
-_OURS = frozenset(
-    ("step", "mu_product", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "remainder")
-)
 
 
 def ids_of(param_groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, int]:
@@ -52,23 +45,15 @@ def pack(
     for shard in shards_of(places):
         id = ids.get(shard.param)
         if id in state:
-            extent = _extent(shard, communicator)
-            tensors = {name: _pairs(shard, value) for name, value in shard.tensors.items()}
-            wrapped = {name: ShardTensor(value, extent) for name, value in tensors.items()}
+            bucket, index = places[shard.param]
+            wrapped = {
+                bucket.shown_name(index, name): ShardTensor(
+                    _pairs(shard, value), extent(shard, name, communicator)
+                )
+                for name, value in shard.tensors.items()
+            }
             state[id] = {**state[id], **wrapped}
     return {**packed, "state": state}
-
-
-def _extent(shard: ParamShard, communicator: Communicator) -> Extent:
-    reals = 2 if shard.param.is_complex() else 1
-    return extent_of(
-        shard.param.shape,
-        shard.dims,
-        shard.offset // reals,
-        shard.numel // reals,
-        communicator.rank,
-        communicator.world_size,
-    )
 
 
 def _pairs(shard: ParamShard, value: Tensor) -> Tensor:
@@ -82,7 +67,7 @@ def others(given: Mapping[str, Any]) -> dict[Any, Any]:
     kept: dict[Any, Any] = {}
     for key, value in given["state"].items():
         if key in ids:
-            value = {name: item for name, item in value.items() if name not in _OURS}
+            value = {name: item for name, item in value.items() if not is_ours(name)}
         if key not in ids or value:
             kept[key] = value
     return kept
@@ -116,7 +101,7 @@ def plan_load(
                     stacklevel=5,
                 )
             continue
-        reader = _Reader(*places[param], communicator)
+        reader = EntryReader(*places[param], communicator)
         writes += reader.scalars(entry)
         writes += reader.tensors(entry, bool(saved_group.get("amsgrad", False)))
     return writes
@@ -153,136 +138,11 @@ def plan_edits(
                 f"{bucket.names[index]}: expected a dict in optimizer.state, found "
                 f"{type(entry).__name__}"
             )
-        if entry.keys() & _OURS == views.keys() and all(entry[k] is v for k, v in views.items()):
+        ours = {name: value for name, value in entry.items() if is_ours(name)}
+        if ours.keys() == views.keys() and all(ours[k] is v for k, v in views.items()):
             continue
-        reader = _Reader(bucket, index, communicator, views["exp_avg"].shape)
-        edited = reader.edits(entry, views)
+        edited = EntryReader(bucket, index, communicator, views).edits(ours)
         writes += edited.values()
         if edited:
             lines.append(f"the state of {bucket.names[index]} set by hand ({', '.join(edited)})")
     return writes, lines
-
-
-class _Reader:
-    """Reads one param's entry; tensors of the shape ``local`` are this rank's elements."""
-
-    def __init__(
-        self,
-        bucket: FlatBucket,
-        index: int,
-        communicator: Communicator,
-        local: torch.Size | None = None,
-    ) -> None:
-        self._bucket = bucket
-        self._index = index
-        self._piece = bucket.pieces[index]
-        self._name = bucket.names[index]
-        self._extent = _extent(shard_of(bucket, index), communicator)
-        self._local = local
-        self._whole = self._piece.numel == bucket.bucket.spans[index].numel
-
-    def scalars(self, entry: Mapping[str, Any]) -> list[Write]:
-        """Writes for "step" and its like; older torch versions saved floats."""
-        return [
-            partial(values[self._index].fill_, float(entry.get(name, values.new_tensor(initial))))
-            for name, values in self._bucket.scalars.items()
-            for initial in (self._bucket.initial_scalars[name],)
-        ]
-
-    def tensors(self, entry: Mapping[str, Any], amsgrad: bool) -> list[Write]:
-        """Writes for the sharded tensors."""
-        names = list(self._bucket.state)
-        if (amsgrad or "max_exp_avg_sq" in entry) and "max_exp_avg_sq" not in names:
-            names.append("max_exp_avg_sq")
-        return [partial(self._write, name, self._value(name, entry)) for name in names]
-
-    def edits(self, entry: Mapping[str, Any], views: Mapping[str, Tensor]) -> dict[str, Write]:
-        """Writes for what is no longer one of ``views``, by name."""
-        names = [*self._bucket.scalars, *self._bucket.state]
-        if "max_exp_avg_sq" in entry and "max_exp_avg_sq" not in names:
-            names.append("max_exp_avg_sq")
-        names = [name for name in names if name not in views or entry.get(name) is not views[name]]
-        if not entry:
-            writes = [*self.scalars({}), *self.tensors({}, False)]
-            return dict(zip(names, writes, strict=True))
-        edits: dict[str, Write] = {}
-        for name in names:
-            if name in self._bucket.scalars:
-                edits[name] = self._scalar_edit(name, entry)
-            else:
-                value = self._value(name, entry)
-                # What was put there may be a view of what another write changes.
-                edits[name] = partial(self._write, name, None if value is None else value.clone())
-        return edits
-
-    def _scalar_edit(self, name: str, entry: Mapping[str, Any]) -> Write:
-        value = entry.get(name)
-        if not isinstance(value, float | int) and not (
-            isinstance(value, Tensor) and value.numel() == 1
-        ):
-            found = "nothing" if value is None else type(value).__name__
-            raise ValueError(f"{self._name}: expected a number for {name!r}, found {found}")
-        return partial(self._bucket.scalars[name][self._index].fill_, float(value))
-
-    def _value(self, name: str, entry: Mapping[str, Any]) -> Tensor | None:
-        """This rank's elements of one state tensor; None for zeros."""
-        if name in entry and not self._is_stale(name, entry[name]):
-            return self._own(name, entry[name])
-        if name == "master":
-            return self._bucket.shard_piece(self._index)
-        if not entry or name == "remainder":
-            return None
-        if name == "max_exp_avg_sq":
-            # Saved without AMSGrad: the largest so far is not known, the latest is a bound.
-            return self._own(name, entry["exp_avg_sq"])
-        where = "the state dict" if self._local is None else "optimizer.state"
-        raise ValueError(f"{self._name}: {where} has no {name!r} for it")
-
-    def _is_stale(self, name: str, value: Any) -> bool:
-        """Whether torch.optim has had it, which casts what it loads and does not update it."""
-        return (
-            name in ("master", "remainder")
-            and isinstance(value, Tensor)
-            and value.dtype != self._bucket.state[name].dtype
-        )
-
-    def _write(self, name: str, value: Tensor | None) -> None:
-        if name not in self._bucket.state:
-            self._bucket.add_state(name)
-        piece = self._piece
-        target = self._bucket.state[name][piece.shard_offset : piece.shard_offset + piece.numel]
-        target.zero_() if value is None else target.copy_(value)
-
-    def _own(self, name: str, value: Any) -> Tensor:
-        """This rank's elements of a saved tensor, whether full or already sharded."""
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"{self._name}: expected a tensor for {name!r}, found {type(value).__name__}"
-            )
-        if isinstance(value, ShardTensor):
-            return self._own_shard(name, value)
-        if hasattr(value, "device_mesh"):
-            raise ValueError(
-                f"{self._name}: {name} is a DTensor; expected its full_tensor(), or a checkpoint "
-                "that torch.distributed.checkpoint loads into this optimizer"
-            )
-        if value.shape == self._local and not self._whole:
-            return value
-        if value.shape != self._bucket.params[self._index].shape:
-            raise ValueError(
-                f"{self._name}: expected {name} of shape {self._extent.shape}, "
-                f"found {tuple(value.shape)}"
-            )
-        return in_memory_order(self._bucket.piece_of(self._piece, value))
-
-    def _own_shard(self, name: str, value: ShardTensor) -> Tensor:
-        saved, here = value.extent, self._extent
-        if not saved.same_elements(here):
-            raise ValueError(
-                f"{self._name}: {name} was saved by rank {saved.rank} of {saved.world_size} as "
-                f"{saved}; this is rank {here.rank} of {here.world_size} and owns {here}. Expected "
-                "the same layout; torch.distributed.checkpoint reads any, as does every rank what "
-                "consolidate_state_dict() returns"
-            )
-        local = value.local
-        return torch.view_as_real(local).flatten() if local.is_complex() else local

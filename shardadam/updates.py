@@ -24,9 +24,9 @@ class Update:
 def add_amsgrad(bucket: FlatBucket, param_groups: Sequence[dict[str, Any]]) -> bool:
     """Whether AMSGrad was switched on since ``bucket`` was made, whose state then grows here."""
     amsgrad = any(param_groups[group].get("amsgrad") for group in bucket.groups)
-    if not amsgrad or "max_exp_avg_sq" in bucket.state:
+    if not amsgrad or bucket.has_maximum:
         return False
-    bucket.add_state("max_exp_avg_sq")
+    bucket.add_maximum()
     return True
 
 
@@ -69,19 +69,23 @@ def _runs(
     amsgrad = [bool(group.get("amsgrad", False)) for group in param_groups]
     if shard is None:
         return bucket.runs_in_place(grads.local, coefficients, amsgrad)
-    ranges: list[tuple[int, int, int, int, Coefficients | Slot]] = []
+    ranges: list[tuple[int, int, Coefficients | Slot]] = []
     for index in grads.owned():
         own = coefficients[index]
         assert own is not None
-        piece = bucket.pieces[index]
-        start, stop = piece.shard_offset, piece.shard_offset + piece.numel
-        if ranges:
-            last, first_start, *_, last_coefficients = ranges[-1]
-            if index == last + 1 and own is last_coefficients:
-                ranges.pop()
-                start = first_start
-        ranges.append((index, start, stop, bucket.bucket.spans[index].group, own))
+        if bucket.continues[index] and ranges:
+            first, last, shared = ranges[-1]
+            if last == index - 1 and shared is own:
+                ranges[-1] = first, index, own
+                continue
+        ranges.append((index, index, own))
     return [
-        bucket.run(start, stop, shard[start:stop], shared, amsgrad[group])
-        for _, start, stop, group, shared in ranges
+        bucket.run(
+            first,
+            last,
+            shard[bucket.owned_range(first, last)],
+            own,
+            amsgrad[bucket.bucket.spans[first].group],
+        )
+        for first, last, own in ranges
     ]

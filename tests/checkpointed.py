@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import shardadam
-from models import Awkward, mlp, train
+from models import Awkward, RealAwkward, mlp, train
 
 KINDS = {
     "awkward": (Awkward, torch.float32, "AdamW", {}),
@@ -23,10 +23,16 @@ KINDS = {
     "master": (mlp, torch.bfloat16, "AdamW", {"master": "fp32"}),
     "half": (mlp, torch.float16, "AdamW", {}),
 }
+CODED = {
+    "bf16 state": (mlp, torch.float32, "AdamW", {"state": "bf16"}),
+    "lean": (mlp, torch.bfloat16, "AdamW", {"memory": "lean"}),
+    "leanest-amsgrad": (mlp, torch.bfloat16, "Adam", {"memory": "leanest", "amsgrad": True}),
+    "awkward-q16": (RealAwkward, torch.bfloat16, "NAdam", {"state": "q16", "master": "none"}),
+}
 
 
 def make(kind: str, bucket_bytes: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    module, dtype, name, options = KINDS[kind]
+    module, dtype, name, options = (KINDS | CODED)[kind]
     model = module(dtype)
     optimizer = getattr(shardadam, name)(
         model.named_parameters(), bucket_bytes=bucket_bytes, **options

@@ -61,3 +61,11 @@ class Awkward(nn.Module):
                 shape = (*param.shape, 2) if param.is_complex() else param.shape
                 grad = torch.randn(shape, generator=generator).to(param.real.dtype)
                 param.grad = torch.view_as_complex(grad) if param.is_complex() else grad
+
+
+class RealAwkward(Awkward):
+    """Without the complex ones, which have no coded state."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(dtype)
+        del self.waves

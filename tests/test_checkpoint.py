@@ -28,13 +28,24 @@ def groups() -> dict:
     return {world_size: dist.new_group(range(world_size)) for world_size in WORLDS}
 
 
-def train_and_save(rank: int, folder: str, dtype: torch.dtype) -> dict:
+EXACT = {
+    "fp32": (torch.float32, {}),
+    "split": (torch.bfloat16, {}),
+    "lean": (torch.bfloat16, {"memory": "lean"}),
+    "leanest": (torch.bfloat16, {"memory": "leanest"}),
+}
+
+
+def train_and_save(rank: int, folder: str, form: str) -> dict:
+    dtype, options = EXACT[form]
     through = {}
     for world_size, group in groups().items():
         if rank >= world_size:
             continue
         model = mlp(dtype)
-        optimizer = shardadam.AdamW(model.parameters(), bucket_bytes=8192, process_group=group)
+        optimizer = shardadam.AdamW(
+            model.parameters(), bucket_bytes=8192, process_group=group, **options
+        )
         scheduler = OneCycleLR(optimizer, 0.1, total_steps=30)
         for seed in range(20):
             if seed == 10:
@@ -53,7 +64,8 @@ def train_and_save(rank: int, folder: str, dtype: torch.dtype) -> dict:
     return through
 
 
-def load_and_train(rank: int, folder: str, dtype: torch.dtype) -> dict:
+def load_and_train(rank: int, folder: str, form: str) -> dict:
+    dtype, options = EXACT[form]
     resumed = {}
     for world_size, group in groups().items():
         for saved_by in WORLDS:
@@ -61,7 +73,7 @@ def load_and_train(rank: int, folder: str, dtype: torch.dtype) -> dict:
                 continue
             model = mlp(dtype, seed=5)
             optimizer = shardadam.AdamW(
-                model.parameters(), bucket_bytes=20_000, process_group=group
+                model.parameters(), bucket_bytes=20_000, process_group=group, **options
             )
             scheduler = OneCycleLR(optimizer, 0.5, total_steps=30)
             torch.manual_seed(0)
@@ -84,12 +96,12 @@ def load_and_train(rank: int, folder: str, dtype: torch.dtype) -> dict:
 
 @pytest.mark.filterwarnings("ignore:gradients are equal")
 @pytest.mark.filterwarnings("ignore:.*has no random state for rank")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_resumes_bit_for_bit_at_any_world_size(dtype, tmp_path):
-    through = run_ranks(4, train_and_save, str(tmp_path), dtype)
+@pytest.mark.parametrize("form", EXACT)
+def test_resumes_bit_for_bit_at_any_world_size(form, tmp_path):
+    through = run_ranks(4, train_and_save, str(tmp_path), form)
     expected = through[0][1]
     assert all(same(found, expected) for rank in through for found in rank.values())
-    resumed = run_ranks(4, load_and_train, str(tmp_path), dtype)
+    resumed = run_ranks(4, load_and_train, str(tmp_path), form)
     assert sum(map(len, resumed)) == 4 * (1 + 2 + 3 + 4)
     for rank in resumed:
         for worlds, found in rank.items():

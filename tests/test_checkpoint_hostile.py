@@ -178,7 +178,7 @@ def mutated(chance: random.Random, value: dict, places: list[tuple]) -> bytes:
     return manifest.seal(body)
 
 
-def fuzzed(folder: str, count: int, seed: int) -> dict:
+def fuzzed(folder: str, state: str, count: int, seed: int) -> dict:
     """What came of loading ``count`` mutants; in a process whose memory is limited."""
     chance = random.Random(seed)
     whole = Path(folder) / "step-00000001"
@@ -189,7 +189,7 @@ def fuzzed(folder: str, count: int, seed: int) -> dict:
 
     def built() -> tuple:
         model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-        optimizer = shardadam.AdamW(model.parameters(), lr=0.1)
+        optimizer = shardadam.AdamW(model.parameters(), lr=0.1, state=state)
         return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 3)
 
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -240,15 +240,17 @@ def fuzz_in_child(rank: int, *args) -> dict:
     return fuzzed(*args)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_ten_thousand_mutants(seed, tmp_path):
+@pytest.mark.parametrize("saved", ["fp32", "q16"])
+@pytest.mark.parametrize("here", ["fp32", "q8"])
+def test_ten_thousand_mutants(saved, here, tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-    optimizer = shardadam.AdamW(model.parameters())
+    optimizer = shardadam.AdamW(model.parameters(), state=saved)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
     extras = {"ema": torch.ones(3, 2), "note": ("a", 1)}
     objects = {"optimizer": optimizer, "model": model, "lr_scheduler": scheduler}
     checkpoint.save(tmp_path, step=1, extras=extras, loader=[1], **objects)
-    (outcomes,) = run_ranks(1, fuzz_in_child, str(tmp_path), 2500, seed)
+    seed = len(saved) + 10 * len(here)
+    (outcomes,) = run_ranks(1, fuzz_in_child, str(tmp_path), here, 2500, seed)
     assert outcomes["refused"] > 2000, outcomes
     assert outcomes["taken"] > 10, outcomes  # the mutants are not all nonsense
 

@@ -19,7 +19,7 @@ from models import mlp, same, train, values
 from ranks import run_ranks
 from saved_runs import Mixed, full_state, load_converted, step, stored
 from shardadam import checkpoint
-from shardadam.checkpoint.manifest import STATES
+from shardadam.checkpoint.parts import PARTS
 from shardadam.checkpoint.reading import Reader
 from shardadam.checkpoint.verifying import Opened
 from test_cli import flip, ours, refused, run
@@ -43,7 +43,7 @@ def content(folder: Path) -> dict:
             if entry.kind == "param":
                 parts = {
                     part: reader.range(index, part, 0, entry.numel, tuple(range(len(entry.shape))))
-                    for part in ("values", *STATES)
+                    for part in PARTS
                     if reader.has(index, part)
                 }
                 found[entry.name] = (entry.shape, entry.dtype, entry.scalars, parts)

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import shardadam
-from checkpointed import KINDS, advance, assert_same_state, fsdp, make, torch_writes
+from checkpointed import CODED, KINDS, advance, assert_same_state, fsdp, make, torch_writes
 from models import mlp, same, train, values
 from ranks import run_ranks
 
@@ -33,7 +33,7 @@ else:
 
 def write_all(rank: int, folder: str) -> None:
     whole, shards = {}, {}
-    for kind in KINDS:
+    for kind in KINDS | CODED:
         model, optimizer = make(kind, bucket_bytes=2048)
         advance(model, optimizer, range(3 * rank, 3 * rank + 3))
         ids = {"model": model.state_dict(), "optim": optimizer.state_dict()}
@@ -49,7 +49,7 @@ def read_all(rank: int, folders: list[str]) -> None:
     for folder in folders:
         expected = torch.load(f"{folder}/whole.pt")
         for form in ("ids", "names"):
-            made = {kind: make(kind, bucket_bytes=5000) for kind in KINDS}
+            made = {kind: make(kind, bucket_bytes=5000) for kind in KINDS | CODED}
             asked = {}
             for kind, (model, optimizer) in made.items():
                 with torch.no_grad():
@@ -99,9 +99,12 @@ def test_on_disk_is_what_torch_would_write(written, tmp_path):
     """Full shapes under the params' names, and no more boxes than a range needs."""
     for folder, world_size in zip(written, WRITERS, strict=True):
         metadata = dcp.FileSystemReader(f"{folder}/shards").read_metadata()
-        for kind, (module, dtype, *_) in KINDS.items():
+        for kind, (module, dtype, _, options) in (KINDS | CODED).items():
+            plain = kind in KINDS or options.get("state") == "bf16"
+            moment = "exp_avg" if plain else "exp_avg_ratio"
             for name, param in module(dtype).named_parameters():
-                entry = metadata.state_dict_metadata.get(f"{kind}.names.optim.state.{name}.exp_avg")
+                key = f"{kind}.names.optim.state.{name}.{moment}"
+                entry = metadata.state_dict_metadata.get(key)
                 assert (entry is not None) == param.requires_grad
                 if entry is not None:
                     assert entry.size == param.shape

@@ -17,6 +17,7 @@ LEVELS = [
     ["kernels.run", "kernels.random_bits", "kernels.cuda_arguments", "kernels.cuda_driver"],
     ["kernels.coded_state"],
     ["kernels.reference", "kernels.cpu"],
+    ["kernels.state_formats"],
     ["kernels.cuda"],
     ["kernels"],
     ["exchange"],
@@ -24,16 +25,18 @@ LEVELS = [
     ["agreement", "steps"],
     ["amp"],
     ["gathers", "gradients", "placement", "shards", "shard_tensor", "shown_state"],
-    ["backward", "forward", "state_dict"],
+    ["backward", "entry_reader", "forward"],
+    ["state_dict"],
     ["clipping", "consolidation", "updates"],
     ["sharded_state"],
     ["optimizer"],
     ["adam"],
-    ["checkpoint.errors"],
+    ["checkpoint.errors", "checkpoint.parts"],
     ["checkpoint.manifest", "checkpoint.plain", "checkpoint.progress", "checkpoint.together"],
     ["checkpoint.folders", "checkpoint.rng", "checkpoint.tensorfile"],
     ["checkpoint.contents", "checkpoint.verifying"],
     ["checkpoint.reading", "checkpoint.saving"],
+    ["checkpoint.filling"],
     ["checkpoint.fitting"],
     ["checkpoint.loading"],
     ["checkpoint"],
@@ -42,6 +45,7 @@ LEVELS = [
     ["cli.masters", "cli.plain_load", "cli.run_state", "cli.telling", "cli.tensors"],
     [
         "cli.apex_shards",
+        "cli.coded",
         "cli.dcp",
         "cli.deepspeed_files",
         "cli.ours",
@@ -158,9 +162,9 @@ SCRIPT = """
 import sys, time
 import torch
 before = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 import shardadam
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 new = set(sys.modules) - before
 assert not any(name.split('.')[0] in ('cuda', 'deepspeed', 'rich') for name in new), new
 assert 'libshardadam' not in open('/proc/self/maps').read() if sys.platform == 'linux' else True

@@ -20,6 +20,9 @@ KINDS = [
     ("AdamW", torch.bfloat16, {"master": "fp32"}),
     ("AdamW", torch.float16, {}),
     ("NAdam", torch.float64, {"bucket_bytes": 4096}),
+    ("NAdam", torch.float32, {"state": "bf16"}),
+    ("AdamW", torch.bfloat16, {"memory": "lean", "bucket_bytes": 4096}),
+    ("Adam", torch.bfloat16, {"memory": "leanest", "amsgrad": True}),
 ]
 
 
@@ -209,3 +212,15 @@ def test_state_of_a_param_that_is_frozen_here_is_left_out():
     with pytest.warns(UserWarning, match="param 1 is frozen here: its state"):
         resumed.load_state_dict(optimizer.state_dict())
     assert resumed.state[other[0].weight]["step"] == 2
+
+
+def test_moments_of_16_bit_params_keep_their_bits_where_strides_differ():
+    weight = torch.randn(70, 5, 3, 3).bfloat16()
+    last = torch.nn.Parameter(weight.to(memory_format=torch.channels_last))
+    plain = torch.nn.Parameter(weight.clone())
+    saved, resumed = shardadam.AdamW([last]), shardadam.AdamW([plain])
+    last.grad = torch.randn_like(last)
+    saved.step()
+    resumed.load_state_dict(copy.deepcopy(saved.state_dict()))
+    for name in ("exp_avg", "exp_avg_sq", "remainder"):
+        assert torch.equal(resumed.state[plain][name], saved.state[last][name])

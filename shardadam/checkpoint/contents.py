@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from shardadam.checkpoint import plain, rng
 from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.manifest import DTYPES, Entry
+from shardadam.checkpoint.parts import VALUES, parts_of
+from shardadam.kernels.state_formats import part_of
 from shardadam.optimizer import ShardedOptimizer
 from shardadam.shards import shards_of
 
@@ -183,8 +185,11 @@ def _add_optimizer(
         entry = Entry("param", name, tuple(param.shape), dtype_name(param), shard.dims, counts)
         contents.entries.append(entry)
         if shard.numel:
-            for part, tensor in {"values": shard.values, **shard.tensors}.items():
-                contents.pieces.append(Piece("param", name, part, shard.offset, tensor))
+            parts = {key: key for key in shard.tensors} | parts_of(shard.form, True)
+            contents.pieces.append(Piece("param", name, VALUES, shard.offset, shard.values))
+            for key, tensor in shard.tensors.items():
+                first = part_of(key, shard.offset, shard.offset + shard.numel).start
+                contents.pieces.append(Piece("param", name, parts[key], first, tensor))
     contents.documents["optimizer"] = type(optimizer).__name__
     contents.documents["groups"] = [
         {
@@ -213,7 +218,7 @@ def _add_whole(contents: Contents, kind: str, name: str, tensor: Tensor, *, writ
     dims = dims_of(tensor) or tuple(range(tensor.dim()))
     contents.entries.append(Entry(kind, name, tuple(tensor.shape), dtype, dims))
     if writes and tensor.numel():
-        part = "values" if kind == "param" else kind
+        part = VALUES if kind == "param" else kind
         contents.pieces.append(Piece(kind, name, part, 0, flat(tensor, dims)))
 
 

@@ -10,18 +10,11 @@ from torch import Tensor, nn
 
 from shardadam.checkpoint import plain
 from shardadam.checkpoint import rng as generators
-from shardadam.checkpoint.contents import (
-    dims_of,
-    dtype_name,
-    flat,
-    named_params,
-    others,
-    param_names,
-)
+from shardadam.checkpoint.contents import dtype_name, named_params, others, param_names
 from shardadam.checkpoint.errors import CheckpointError
+from shardadam.checkpoint.filling import check_moments, write_whole
 from shardadam.checkpoint.manifest import Entry
 from shardadam.checkpoint.reading import Reader
-from shardadam.kernels.reference import split_master
 from shardadam.optimizer import ShardedOptimizer
 from shardadam.shards import ParamShard, shards_of
 
@@ -81,11 +74,12 @@ class Fitter:
         if optimizer is not None:
             self._groups(optimizer, model, set(placed))
         in_groups = self._names_in_groups()
-        for shard in shards:
-            index = self._saved.get(names.get(shard.param, ""))
+        indices = [self._saved.get(names.get(shard.param, "")) for shard in shards]
+        for index, shard in zip(indices, shards, strict=True):
             if index is not None:
                 self._shard(index, shard, in_groups)
-            self.fit.shards.append(index)
+        self._compare_formats(indices, shards)
+        self.fit.shards += indices
         for name, tensor in wholes.items():
             if name in self._saved:
                 index = self._saved[name]
@@ -101,6 +95,30 @@ class Fitter:
         unexpected = [name for name in self._saved if name not in known]
         if unexpected:
             self._pass(f"in the checkpoint, but in nothing given to load(): {_few(unexpected)}")
+
+    def _compare_formats(self, indices: list[int | None], shards: list[ParamShard]) -> None:
+        """Moments of another format are converted, and masters rounded, where that is let pass."""
+        entries = self._reader.entries
+        pairs = [
+            (index, shard)
+            for index, shard in zip(indices, shards, strict=True)
+            if index is not None and entries[index].numel
+        ]
+        converted = [
+            (index, shard)
+            for index, shard in pairs
+            if entries[index].scalars is not None and self._reader.form(index) is not shard.form
+        ]
+        for saved, here in sorted({(self._reader.form(i).name, s.form.name) for i, s in converted}):
+            self._pass(f"moments are {saved} in the checkpoint, expected {here}")
+        for index, shard in converted:
+            check_moments(self._reader, index, shard)
+        for index, shard in pairs:
+            saved_bits, bits = self._reader.master_bits(index), shard.master_bits
+            if entries[index].dtype == dtype_name(shard.param) and saved_bits > bits:
+                name = entries[index].name
+                self._pass(f"{name}: master weights of {saved_bits} bits, expected {bits}")
+                break  # as will be others
 
     def _shard(self, index: int, shard: ParamShard, in_groups: set[str]) -> None:
         entry = self._reader.entries[index]
@@ -230,64 +248,6 @@ class Fitter:
 
     def _of_rank(self, rank: int) -> dict[str, Any]:
         return dict(_checked(self._ranks[rank], dict, f"rank {rank}"))
-
-
-def write_shard(reader: Reader, index: int, shard: ParamShard) -> None:
-    """Fill one param's elements on this rank, their master weights and moments."""
-    entry, dims = reader.entries[index], shard.dims
-    for name, scalar in shard.scalars.items():
-        initial = 1.0 if name == "mu_product" else 0.0
-        scalar.fill_((entry.scalars or {}).get(name, initial))
-    if not shard.numel:
-        return
-    form = {part for part in ("master", "remainder") if part in shard.tensors}
-    saved = {part for part in ("master", "remainder") if reader.has(index, part)}
-    if form == saved and entry.dtype == dtype_name(shard.param):
-        reader.fill(index, "values", shard.offset, dims, shard.values)
-        for part in form:
-            reader.fill(index, part, shard.offset, dims, shard.tensors[part])
-    else:
-        master = reader.master(index, shard.offset, shard.numel, dims)
-        if "remainder" in form:
-            values, remainder = split_master(master.float())
-            shard.values.copy_(values)
-            shard.tensors["remainder"].copy_(remainder)
-        elif "master" in form:
-            shard.tensors["master"].copy_(master)
-            shard.values.copy_(shard.tensors["master"])
-        else:
-            shard.values.copy_(master)
-    for moment, tensor in shard.tensors.items():
-        if moment in ("master", "remainder"):
-            continue
-        if entry.scalars is None:
-            tensor.zero_()
-            continue
-        # Saved without AMSGrad: the largest so far is not known, the latest is a bound.
-        source = moment if reader.has(index, moment) else "exp_avg_sq"
-        reader.fill(index, source, shard.offset, dims, tensor)
-
-
-def write_whole(reader: Reader, index: int, tensor: Tensor) -> None:
-    """Fill a tensor that no optimizer updates."""
-    entry = reader.entries[index]
-    part = "extra" if entry.kind == "extra" else "values"
-    dims = dims_of(tensor)
-    # Of another dtype, a 16-bit param's master weights are closer than its values.
-    masters = entry.dtype != dtype_name(tensor) and any(
-        reader.has(index, name) for name in ("master", "remainder")
-    )
-    if dims is None or tensor.is_conj() or tensor.is_neg() or masters:
-        order = tuple(range(len(entry.shape)))
-        if masters:
-            values = reader.master(index, 0, entry.numel, order)
-        else:
-            values = reader.range(index, part, 0, entry.numel, order)
-        pairs = [2] if tensor.is_complex() else []
-        shaped = values.view([*entry.shape, *pairs])
-        tensor.detach().copy_(torch.view_as_complex(shaped) if pairs else shaped)
-    else:
-        reader.fill(index, part, 0, dims, flat(tensor, dims))
 
 
 def _check_like(entry: Entry, tensor: Tensor) -> None:

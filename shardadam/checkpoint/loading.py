@@ -13,7 +13,8 @@ from torch import nn
 from shardadam.agreement import Point, digest
 from shardadam.checkpoint import folders
 from shardadam.checkpoint.errors import CheckpointError
-from shardadam.checkpoint.fitting import Fit, Fitter, write_shard
+from shardadam.checkpoint.filling import write_shard
+from shardadam.checkpoint.fitting import Fit, Fitter
 from shardadam.checkpoint.progress import Bar
 from shardadam.checkpoint.reading import Reader
 from shardadam.checkpoint.saving import check_optimizer, communicator_of, finish
@@ -248,9 +249,8 @@ def _fill(
     """Fill what this rank owns."""
     places = optimizer._places
     for (bucket, _), index in zip(places.values(), fit.shards, strict=True):
-        if index is not None and reader.has(index, "max_exp_avg_sq"):
-            if reader.entries[index].numel and "max_exp_avg_sq" not in bucket.state:
-                bucket.add_state("max_exp_avg_sq")
+        if index is not None and reader.has_maximum(index):
+            bucket.add_maximum()
     shards = shards_of(places)
     total = sum(shard.numel for shard in shards)
     with Bar("loading", total, communicator.rank) as bar:

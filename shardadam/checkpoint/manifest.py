@@ -10,7 +10,8 @@
 *Entries* are the tensors that were saved: kind "param" (params and buffers, by name), "extra" (the
 user's), "rng". A *shard* is elements ``[offset, offset + numel)`` of one *part* of an entry
 ("values", "exp_avg", …), counted in the order of memory that ``dims`` describes (outermost first),
-a complex number being two. The shards of a part cover its entry exactly once.
+a complex number being two; of a part that ends in "_scale", blocks of 128 elements are counted. The
+shards of a part cover its entry exactly once.
 
 A shard is one 1-D tensor of its rank's file, and tensors lie there in the manifest's order. So file
 names, header and positions all follow from the manifest: they are compared, never parsed. Digests
@@ -30,6 +31,8 @@ import torch
 import xxhash
 
 from shardadam.checkpoint.errors import CheckpointError
+from shardadam.checkpoint.parts import PARTS, dtype_of, parts_of, saved_format
+from shardadam.kernels.state_formats import FORMATS, part_of
 
 VERSION = 1
 FILE = "manifest.json"
@@ -61,8 +64,7 @@ DTYPES = {
 }
 """By the name of a dtype: safetensors' name and torch's dtype of its elements in a file."""
 
-STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "remainder")
-_PARTS = {"param": ("values", *STATES), "extra": ("extra",), "rng": ("rng",)}
+_PARTS = {"param": PARTS, "extra": ("extra",), "rng": ("rng",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +85,12 @@ class Entry:
 
     def file_dtype(self, part: str) -> tuple[str, torch.dtype]:
         """Of the elements of ``part``: safetensors' name and torch's."""
-        name, dtype = DTYPES[self.dtype]
-        if part == "remainder":
-            return DTYPES["int16"]
-        if part == "master" or (part in STATES and dtype != torch.float64):
-            return DTYPES["float32"]
-        return name, dtype
+        dtype = dtype_of(part, DTYPES[self.dtype][1])
+        return DTYPES[str(dtype).removeprefix("torch.")]
+
+    def part_numel(self, part: str) -> int:
+        """Elements of ``part`` in a file."""
+        return int(part_of(part, 0, self.numel).stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,8 +311,9 @@ def _shards(items: Any, entries: list[Entry], what: str) -> list[Shard]:
         _expect(_is_int(index, len(entries) - 1), what, f"one of {len(entries)} entries", index)
         entry = entries[index]
         _expect(part in _PARTS[entry.kind], what, f"one of {_PARTS[entry.kind]}", part)
-        good = _is_int(offset) and _is_int(numel) and 0 < numel <= entry.numel - offset
-        _expect(good, f"{what}, {entry.name!r}", f"a range of {entry.numel}", (offset, numel))
+        limit = entry.part_numel(part)
+        good = _is_int(offset) and _is_int(numel) and 0 < numel <= limit - offset
+        _expect(good, f"{what}, {entry.name!r}", f"a range of {limit}", (offset, numel))
         good = isinstance(digest, str) and bool(_DIGEST.fullmatch(digest))
         _expect(good, f"{what}, {entry.name!r}", "a digest of 32 hexadecimal digits", digest)
         shards.append(Shard(index, part, offset, numel, digest))
@@ -325,9 +328,10 @@ def _check_cover(entries: list[Entry], files: list[list[Shard]]) -> None:
     for shard in (shard for shards in files for shard in shards):
         ranges[shard.entry, shard.part].append((shard.offset, shard.numel))
     for index, entry in enumerate(entries):
-        parts = {"values", "exp_avg", "exp_avg_sq"} if entry.scalars is not None else set()
+        parts = {part for part in _PARTS[entry.kind] if (index, part) in ranges}
         parts |= {_PARTS[entry.kind][0]}
-        parts |= {part for part in _PARTS[entry.kind] if (index, part) in ranges}
+        if entry.scalars is not None and saved_format(parts) is None:
+            parts |= set(parts_of(FORMATS["fp32"], False).values())
         for part in sorted(parts):
             position = 0
             for offset, numel in sorted(ranges[index, part]):
@@ -339,8 +343,8 @@ def _check_cover(entries: list[Entry], files: list[list[Shard]]) -> None:
                 )
                 position += numel
             _expect(
-                position == entry.numel,
+                position == entry.part_numel(part),
                 f"{part} of {entry.name[:200]!r}",
-                f"{entry.numel} elements",
+                f"{entry.part_numel(part)} elements",
                 position,
             )

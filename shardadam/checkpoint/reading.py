@@ -9,8 +9,17 @@ from torch import Tensor
 
 from shardadam.checkpoint import tensorfile
 from shardadam.checkpoint.manifest import Entry
+from shardadam.checkpoint.parts import VALUES, parts_of, saved_format
 from shardadam.checkpoint.verifying import Opened
-from shardadam.kernels.reference import join_master
+from shardadam.kernels.reference import join8_master, join_master
+from shardadam.kernels.state_formats import (
+    FORMATS,
+    MASTER_BITS,
+    StateFormat,
+    decode,
+    is_scale,
+    part_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +40,13 @@ class Reader:
         self.entries = opened.manifest.entries
         self.world_size = len(opened.manifest.files)
         self._places: dict[tuple[int, str], list[_Place]] = defaultdict(list)
+        self._parts: dict[int, set[str]] = defaultdict(set)
         for rank, shards in enumerate(opened.manifest.files):
             _, starts = opened.manifest.layout(rank)
             for shard, start in zip(shards, starts, strict=False):
                 place = _Place(shard.offset, shard.numel, rank, start)
                 self._places[shard.entry, shard.part].append(place)
+                self._parts[shard.entry].add(shard.part)
         for places in self._places.values():
             places.sort(key=lambda place: place.offset)
 
@@ -43,16 +54,29 @@ class Reader:
         """Whether the entry was saved with that part."""
         return not self.entries[index].numel or (index, part) in self._places
 
+    def form(self, index: int) -> StateFormat:
+        """The format of the entry's moments; of an empty one, any."""
+        return saved_format(self._parts[index]) or FORMATS["fp32"]
+
+    def master_bits(self, index: int) -> int:
+        """Of the most exact values that were saved."""
+        own = self.entries[index].file_dtype(VALUES)[1].itemsize * 8
+        return max([own, *(bits for part, bits in MASTER_BITS.items() if self.has(index, part))])
+
+    def has_maximum(self, index: int) -> bool:
+        """Whether the entry was saved with AMSGrad's maximum, and is not empty."""
+        form = self.form(index)
+        return (index, parts_of(form, True)[form.names[2]]) in self._places
+
     def open(self, index: int) -> None:
         """Open the files with the parts of an entry, so that reading them can't fail for names.
 
         Raises:
             CheckpointError: a file is missing, or another one.
         """
-        for (entry, _), places in self._places.items():
-            if entry == index:
-                for place in places:
-                    self._opened.file(place.rank)
+        for part in self._parts[index]:
+            for place in self._places[index, part]:
+                self._opened.file(place.rank)
 
     def fill(self, index: int, part: str, offset: int, dims: tuple[int, ...], to: Tensor) -> None:
         """Fill ``to``, 1-D, with the elements from ``offset`` on in the order of ``dims``.
@@ -62,7 +86,7 @@ class Reader:
         """
         entry = self.entries[index]
         _, dtype = entry.file_dtype(part)
-        if not same_order(entry, dims):
+        if not is_scale(part) and not same_order(entry, dims):
             whole = torch.empty(entry.numel, dtype=dtype)
             self._read(index, part, 0, whole)
             to.copy_(_reorder(entry, whole, dims)[offset : offset + to.numel()])
@@ -83,15 +107,37 @@ class Reader:
 
     def master(self, index: int, offset: int, numel: int, dims: tuple[int, ...]) -> Tensor:
         """The most exact values that were saved: fp32 masters of 16-bit params."""
-        values = self.range(index, "values", offset, numel, dims)
-        if self.has(index, "remainder") and values.dtype == torch.bfloat16:
-            return join_master(values, self.range(index, "remainder", offset, numel, dims))
+        values = self.range(index, VALUES, offset, numel, dims)
+        for part, join in (("remainder", join_master), ("remainder8", join8_master)):
+            if self.has(index, part) and values.dtype == torch.bfloat16:
+                return join(values, self.range(index, part, offset, numel, dims))
         if self.has(index, "master") and numel:
             master = self.range(index, "master", offset, numel, dims)
             # Where somebody wrote the param since the last step, the param is right.
             rounded = master.to(values.dtype).view(torch.int16)
             return torch.where(rounded == values.view(torch.int16), master, values.float())
         return values
+
+    def moments(
+        self, index: int, offset: int, numel: int, dims: tuple[int, ...]
+    ) -> dict[str, Tensor]:
+        """The moments of those elements, decoded; ``offset``: a block's first element.
+
+        Where the dims differ, the entry's whole moments are decoded for it.
+        """
+        entry, form = self.entries[index], self.form(index)
+        parts = parts_of(form, self.has_maximum(index))
+        if form.has_scales and not same_order(entry, dims):
+            whole = self.moments(index, 0, entry.numel, entry.dims)
+            return {
+                name: _reorder(entry, values, dims)[offset : offset + numel]
+                for name, values in whole.items()
+            }
+        stored = {}
+        for name, part in parts.items():
+            range_ = part_of(name, offset, offset + numel)
+            stored[name] = self.range(index, part, range_.start, range_.stop - range_.start, dims)
+        return decode(form, stored)
 
     def _read(self, index: int, part: str, offset: int, to: Tensor) -> None:
         places = self._places[index, part]

@@ -10,6 +10,7 @@ from pathlib import Path
 from shardadam.checkpoint import folders
 from shardadam.checkpoint.errors import CheckpointError
 from shardadam.cli import apex, dcp, deepspeed, ours, torchfile
+from shardadam.cli.coded import decode_moments
 from shardadam.cli.recognising import Format, recognise
 from shardadam.cli.run_state import RunState
 from shardadam.cli.telling import WHOLE, one_line
@@ -41,6 +42,7 @@ def convert(
         raise CheckpointError(f"{source}: expected a checkpoint of apex to go with --model")
     else:
         state = _READ[found.format](found.path)
+        decode_moments(state)
     notes = state.notes
     if optimizer is not None:
         _check_optimizer(optimizer, state, source)

@@ -9,11 +9,13 @@ from torch import Tensor
 from shardadam.checkpoint import plain
 from shardadam.checkpoint.contents import Contents, Piece, dims_of, dtype_name, flat
 from shardadam.checkpoint.errors import CheckpointError
-from shardadam.checkpoint.manifest import DTYPES, STATES, Entry
+from shardadam.checkpoint.manifest import DTYPES, Entry
+from shardadam.checkpoint.parts import VALUES
 from shardadam.checkpoint.reading import Reader
 from shardadam.checkpoint.saving import write_contents
 from shardadam.checkpoint.verifying import Opened
 from shardadam.cli.run_state import SCALARS, Group, RunState, as_scalar, number_of
+from shardadam.kernels.state_formats import MASTERS, MOMENTS
 
 
 def read(path: Path) -> RunState:
@@ -31,18 +33,25 @@ def read(path: Path) -> RunState:
         # An empty param has no shards: it has what others of its dtype have.
         shards = [shard for file in opened.manifest.files for shard in file]
         used = {(reader.entries[shard.entry].dtype, shard.part) for shard in shards}
+        formats: set[str] = set()
         for number, entry in enumerate(reader.entries):
             if entry.kind != "param":
                 continue
-            found.model[entry.name] = _tensor(reader, number, "values")
+            found.model[entry.name] = _tensor(reader, number, VALUES)
             if entry.scalars is not None:
                 state: dict[str, Any] = {k: as_scalar(k, v) for k, v in entry.scalars.items()}
-                for part in STATES:
-                    always = part in ("exp_avg", "exp_avg_sq")
-                    if reader.has(number, part) and (always or (entry.dtype, part) in used):
-                        state[part] = _tensor(reader, number, part)
+                moments = _moments(reader, number, used)
+                masters = {
+                    part: _tensor(reader, number, part)
+                    for part in MASTERS
+                    if reader.has(number, part) and (entry.dtype, part) in used
+                }
+                state |= {**moments, **masters}
+                if reader.form(number).dtypes is not None:
+                    formats.add(reader.form(number).name)
                 found.state[entry.name] = state
         found.left_out = _besides(reader.entries, documents)
+        found.notes += [f"moments are decoded, they are {name} there" for name in sorted(formats)]
     missing = [n for group in found.groups for n in group.names if n not in found.model]
     if missing:
         raise CheckpointError(f"{path}: {missing[0]!r} is in a group, and is not saved")
@@ -99,10 +108,21 @@ def _tensor(reader: Reader, number: int, part: str) -> Tensor:
     """A whole part, with the strides that it was saved with."""
     entry = reader.entries[number]
     values = reader.range(number, part, 0, entry.numel, entry.dims)
+    return _shaped(entry, values.bool() if entry.dtype == "bool" and part == VALUES else values)
+
+
+def _moments(reader: Reader, number: int, used: set[tuple[str, str]]) -> dict[str, Tensor]:
+    """Whole moments, decoded."""
+    entry = reader.entries[number]
+    moments = reader.moments(number, 0, entry.numel, entry.dims)
+    if not entry.numel and (entry.dtype, "max_exp_avg_sq") in used:
+        moments["max_exp_avg_sq"] = moments["exp_avg_sq"]
+    return {name: _shaped(entry, values) for name, values in moments.items()}
+
+
+def _shaped(entry: Entry, values: Tensor) -> Tensor:
     if entry.dtype.startswith("complex"):
         values = torch.view_as_complex(values.view(-1, 2))
-    if entry.dtype == "bool" and part == "values":
-        values = values.bool()
     ordered = values.view([entry.shape[dim] for dim in entry.dims])
     return ordered.permute([entry.dims.index(dim) for dim in range(len(entry.shape))])
 
@@ -137,11 +157,11 @@ def _add(
         }
     entry = Entry("param", name, tuple(tensor.shape), dtype, dims, scalars)
     contents.entries.append(entry)
-    parts = {"values": tensor}
+    parts = {VALUES: tensor}
     for key, value in (state or {}).items():
         if key in SCALARS:
             continue
-        if key not in STATES or not isinstance(value, Tensor):
+        if key not in (*MOMENTS, *MASTERS) or not isinstance(value, Tensor):
             found.left_out.append(f"{key} of {name}")
         elif value.shape != tensor.shape:
             raise CheckpointError(
@@ -156,11 +176,11 @@ def _add(
     for part, value in parts.items():
         wanted = entry.file_dtype(part)[1]
         elements = flat(value, dims)
-        if part in ("master", "remainder") and elements.dtype != wanted:
+        if part in MASTERS and elements.dtype != wanted:
             # torch.optim has had it: it casts what it loads, and does not update it.
             found.left_out.append(f"{part} of {name}, which is {value.dtype} and stale")
             continue
-        if part != "values" and torch.promote_types(elements.dtype, wanted) != wanted:
+        if part != VALUES and torch.promote_types(elements.dtype, wanted) != wanted:
             raise CheckpointError(f"{part} of {name}: expected {wanted}, found {value.dtype}")
         if value.numel():
             contents.pieces.append(Piece("param", name, part, 0, elements.to(wanted)))
