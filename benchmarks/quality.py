@@ -10,7 +10,6 @@ at several seeds and learning rates, by their held-out loss.
 
 import argparse
 import time
-from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from quality.report import Verdict
 from quality.stream import Stream
 from quality.trainings import CONFIGURATIONS, Digits, Lesson, Text
 from quality.trainings import run as train
-from quality.trainings import why_not as why_not_trained
 from stamp import stamp
 
 PARTS = ("updates", "sweeps", "trainings")
@@ -47,12 +45,12 @@ def main() -> None:
 def _forced(args: argparse.Namespace, where: str) -> list[Verdict]:
     from quality import figure  # needs matplotlib, which is known to be there by now
 
-    names = _available(FIELD, why_not)
+    names = _available()
     trials = {USUAL: names if "updates" in args.parts else [n for n in names if n in SWEPT]}
     if "sweeps" in args.parts:
         trials |= {setting: [n for n in names if n in SWEPT] for setting in SWEEPS}
     stream = Stream(batch=4, table_rows=1024) if args.quick else Stream()
-    print(f"\n{stream.numel:,} params; {', '.join(dict.fromkeys(map(says, names)))}", flush=True)
+    print(f"\n{stream.numel:,} params", flush=True)
     rows = run(stream, trials, args.steps, every=10)
     versions = ", ".join(dict.fromkeys(says(name) for name in names if FIELD[name].package))
     note = f"{stream.numel:,} params, {args.steps:,} steps. {where}; {versions or 'no peers'}"
@@ -70,9 +68,8 @@ def _forced(args: argparse.Namespace, where: str) -> list[Verdict]:
 def _trainings(args: argparse.Namespace, where: str) -> list[Verdict]:
     from quality import figure
 
-    names = _available(CONFIGURATIONS, why_not_trained)
     lessons: list[Lesson] = [Text(20), Digits(20)] if args.quick else [Text(), Digits()]
-    trained = train(lessons, names, args.seeds, args.sweep_seeds)
+    trained = train(lessons, list(CONFIGURATIONS), args.seeds, args.sweep_seeds)
     note = f"{args.seeds} seeds, {args.sweep_seeds} at other lrs. {where}"
     report.write_trained(args.out / "trainings.csv", note, trained)
     print(f"\n{report.training_table(lessons, trained)}")
@@ -82,9 +79,9 @@ def _trainings(args: argparse.Namespace, where: str) -> list[Verdict]:
     return list(report.training_verdicts(lessons, trained))
 
 
-def _available(names: Iterable[str], why_not: Callable[[str], str | None]) -> list[str]:
-    """Those of ``names`` that can be run here; says why the others can't."""
-    reasons = {name: why_not(name) for name in names}
+def _available() -> list[str]:
+    """The contenders that can be run here; says why the others can't."""
+    reasons = {name: why_not(name) for name in FIELD}
     for name, reason in reasons.items():
         if reason:
             print(f"not measured: {name}: {reason}")

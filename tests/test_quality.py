@@ -10,7 +10,7 @@ from quality import field
 from quality.contenders import Rounded, Task
 from quality.forced import USUAL, Setting, run
 from quality.stream import Stream
-from quality.trainings import BF16_PARAMS, FP32, LEAN, LEANEST, Text, train, why_not
+from quality.trainings import BF16_PARAMS, FP32, LEAN, LEANEST, Text, train
 
 MAIN = Path(__file__).parents[1] / "benchmarks" / "quality.py"
 OURS = (field.FP32, field.BF16, field.Q16, field.Q8)
@@ -63,8 +63,6 @@ def test_a_package_gives_its_updates_away(name):
 
 @pytest.mark.parametrize("configuration", [FP32, BF16_PARAMS, LEAN, LEANEST])
 def test_a_training_learns(configuration):
-    if reason := why_not(configuration):
-        pytest.skip(reason)
     text = Text(steps=20)
     text.held_out_bytes = 5_000
     untrained = 5.545  # ln 256: its head is zero
