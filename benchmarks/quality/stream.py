@@ -5,6 +5,7 @@ by every batch, some once in the whole stream.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate, pairwise
 
 import torch
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from gpu.checkout import module
 from torch import Tensor, nn
 
-corpus_module, gpt = module("examples/corpus.py"), module("examples/gpt.py")
+gpt = module("examples/gpt.py")
+standard_library = cache(module("examples/corpus.py").standard_library)
 
 LAYERS, WIDTH, CONTEXT, BATCH = 2, 64, 64, 16
 ORDER, TABLE_ROWS = 3, 4096
@@ -24,7 +26,7 @@ class Stream:
 
     def __init__(self, seed: int = 0, batch: int = BATCH, table_rows: int = TABLE_ROWS) -> None:
         torch.manual_seed(seed)
-        self.text = corpus_module.standard_library()
+        self.text = standard_library()
         self.seed, self.batch, self.steps = seed, batch, 0
         self.model = gpt.GPT(LAYERS, WIDTH, CONTEXT, order=ORDER, table_rows=table_rows)
         self.params = dict(self.model.named_parameters())

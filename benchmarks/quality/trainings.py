@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import shardadam
-from quality.stream import corpus_module, gpt
+from quality.stream import gpt, standard_library
 
 FP32, BF16_PARAMS, LEAN, LEANEST = "fp32", "bf16 params, fp32 state", "lean", "leanest"
 # The dtype of params, and what the optimizer is told besides.
@@ -66,7 +66,7 @@ class Text:
     held_out_bytes = 100_000
 
     def __post_init__(self) -> None:
-        self._text = corpus_module.standard_library()
+        self._text = standard_library()
 
     def model(self) -> nn.Module:
         return gpt.GPT(2, 64, self.context, table_rows=2048)
