@@ -26,7 +26,7 @@ CORES = $(shell { lscpu -p=Core,Socket | grep '^[0-9]' | sort -u | wc -l; nproc;
 	sysctl -n hw.physicalcpu; } 2>/dev/null | sort -n | awk '$$1 > 0 { print $$1; exit }')
 THREADS = $(shell echo $$(($(CORES) > $(RANKS) ? $(CORES) / $(RANKS) : 1)))
 
-.PHONY: help setup demo test check bench bench-parts format clean
+.PHONY: help setup demo test check bench quality bench-parts format clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets (the default)
@@ -70,12 +70,15 @@ check: $(READY) ## lint, formatting, types, and files under 400 lines
 		" lines; over 400, it wants to be two files" } END { exit bad }'
 
 $(PEERS): $(READY)
-	@echo "==> installing DeepSpeed and matplotlib, to measure against and to draw"
+	@echo "==> installing DeepSpeed, bitsandbytes and others to measure against and to draw with"
 	@$(PIP) install --editable '.[bench]'
 	@touch $@
 
 bench: $(PEERS) ## train beside DDP, ZeRO, FSDP2 and DeepSpeed; ARGS=--quick takes two minutes
 	$(BIN)/python benchmarks/peers.py $(ARGS)
+
+quality: $(PEERS) ## coded moments beside fp32 and published ones; ARGS=--quick takes a minute
+	$(BIN)/python benchmarks/quality.py $(ARGS)
 
 bench-parts: $(READY) ## time the CPU kernel, many small params, collectives, consolidation, checkpoints
 	$(BIN)/python benchmarks/cpu_kernel.py

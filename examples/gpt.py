@@ -50,14 +50,22 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Maps bytes [batch, context] to logits of the next byte [batch, context, 256]."""
 
-    def __init__(self, layers: int, width: int, context: int, head_width: int = 64) -> None:
+    def __init__(
+        self,
+        layers: int,
+        width: int,
+        context: int,
+        head_width: int = 64,
+        order: int = ORDER,
+        table_rows: int = TABLE_ROWS,
+    ) -> None:
         super().__init__()
         if width % head_width:
             raise ValueError(f"width must be a multiple of {head_width}, got {width}")
         self.context = context
         self.bytes = nn.Embedding(VOCABULARY, width)
         self.positions = nn.Embedding(context, width)
-        self.ngrams = nn.ModuleList(nn.Embedding(TABLE_ROWS, width) for _ in range(ORDER - 1))
+        self.ngrams = nn.ModuleList(nn.Embedding(table_rows, width) for _ in range(order - 1))
         self.blocks = nn.Sequential(*(Block(width, head_width) for _ in range(layers)))
         self.norm = nn.LayerNorm(width, bias=False)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
@@ -69,8 +77,8 @@ class GPT(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         x = self.bytes(text) + self.positions.weight[: text.shape[1]]
-        for table, rows in zip(self.ngrams, _ngram_rows(text), strict=True):
-            x = x + TABLE_GAIN * table(rows)
+        for table, hashed in zip(self.ngrams, _ngram_hashes(text, len(self.ngrams)), strict=True):
+            x = x + TABLE_GAIN * table(hashed % table.num_embeddings)
         if torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
         return self.head(self.norm(self.blocks(x)))
@@ -87,10 +95,10 @@ class GPT(nn.Module):
         return bytes(text[0].tolist())
 
 
-def _ngram_rows(text: Tensor) -> Iterator[Tensor]:
-    """For each length from 2 to ORDER, the table row of the n-gram that ends at each position."""
+def _ngram_hashes(text: Tensor, count: int) -> Iterator[Tensor]:
+    """For ``count`` lengths from 2 on, a hash of the n-gram that ends at each position."""
     hashed = text
-    for distance in range(1, ORDER):
+    for distance in range(1, count + 1):
         earlier = F.pad(text, (distance, 0))[:, : text.shape[1]]
         hashed = hashed * HASH_MULTIPLIER + earlier + 1
-        yield (hashed >> 33) % TABLE_ROWS
+        yield hashed >> 33
