@@ -5,7 +5,6 @@
 // and params are widened to float by functions chosen per run, once per block.
 #include <type_traits>
 
-#include "vectors_cpu.h"
 #include "widened_cpu.h"
 
 namespace shardadam {
@@ -19,13 +18,6 @@ struct alignas(64) Buffer {
   operator T*() { return at; }
   operator const T*() const { return at; }
 };
-
-struct LaneBits : Buffer<uint32> {
-  constexpr LaneBits() : Buffer() {
-    for (int i = 0; i < kBlock; ++i) at[i] = lane_bits(uint32(i));
-  }
-};
-constexpr LaneBits kLaneBits;
 
 // What a block is updated with.
 struct Block {
@@ -165,6 +157,7 @@ struct Coded {
   // Between an update and its codes.
   struct Values {
     Buffer<float> ratios, roots, maxima;
+    Buffer<uint32> random;
     uint16 ratio_scale, root_scale, maxima_scale;
   };
 
@@ -218,6 +211,8 @@ struct Coded {
         divisor = larger(maximum_code.decode(load_codes(maximum_at + i)), root);
         store(v.maxima + i, divisor);
       }
+      // For the codes: nothing waits for these, and beside divisions there is time for them.
+      store(v.random + i, mixed_bits(uint32(block.random), load(kLaneBits.at + i)));
       const Floats ratio = Ratio::of(average, root);
       store(v.ratios + i, ratio);
       ratio_bits = most(ratio_bits, bits_of(size_of(ratio)));
@@ -235,14 +230,13 @@ struct Coded {
     run.exp_avg_sq_scale[index] = v.root_scale;
     const Ratio ratio_code(v.ratio_scale);
     const Root root_code(v.root_scale);
-    const uint32 key = uint32(block.random);
     const float stalls = block.single.stalls;
     Slice<int8> ratio_codes(run.exp_avg, block);
     Slice<Storage> root_codes(run.exp_avg_sq, block);
     int8* ratio_at = ratio_codes.values();
     Storage* root_at = root_codes.values();
     for (int i = 0; i < kBlock; i += kLanes) {
-      const Uints bits = mixed_bits(key, load(kLaneBits + i));
+      const Uints bits = load(v.random + i);
       store_codes(root_at + i, root_code.code(load(v.roots + i), bits >> 16));
       store_codes(ratio_at + i, ratio_code.code(load(v.ratios + i), bits & 0xffffu, stalls));
     }

@@ -111,7 +111,7 @@ SHARDADAM_FN void store(T* to, Vector<T> values) {
   __builtin_memcpy(to, &values.raw, sizeof values.raw);
 }
 
-// Codes of 8 or 16 bits, as ints. What is stored must fit.
+// Codes of 8 or 16 bits, as ints, of which the lower bits are stored.
 template <class Code>
 SHARDADAM_FN Ints load_codes(const Code* from) {
 #if defined(__AVX512F__)
@@ -125,9 +125,9 @@ SHARDADAM_FN Ints load_codes(const Code* from) {
   const __m128i bytes = _mm_loadl_epi64((const __m128i_u*)from);
   return Ints(Raw<int>(Code(-1) < 0 ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes)));
 #else
-  Ints values;
-  for (int i = 0; i < kLanes; ++i) values.raw[i] = from[i];
-  return values;
+  Raw<Code> codes;
+  __builtin_memcpy(&codes, from, sizeof codes);
+  return Ints(__builtin_convertvector(codes, Raw<int>));
 #endif
 }
 template <class Code>
@@ -137,10 +137,31 @@ SHARDADAM_FN void store_codes(Code* to, Ints values) {
     _mm256_storeu_si256((__m256i_u*)to, _mm512_cvtepi32_epi16(__m512i(values.raw)));
   else
     _mm_storeu_si128((__m128i_u*)to, _mm512_cvtepi32_epi8(__m512i(values.raw)));
+#elif defined(__AVX2__)
+  // The lower bytes of each half's ints come together in it, then those of both halves.
+  const __m256i halves =
+      sizeof(Code) == 2
+          ? _mm256_shuffle_epi8(__m256i(values.raw), _mm256_set1_epi64x(0x0d0c090805040100))
+          : _mm256_shuffle_epi8(__m256i(values.raw), _mm256_set1_epi32(0x0c080400));
+  if constexpr (sizeof(Code) == 2)
+    _mm_storeu_si128((__m128i_u*)to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 8)));
+  else
+    _mm_storel_epi64((__m128i_u*)to, _mm_unpacklo_epi32(_mm256_castsi256_si128(halves),
+                                                        _mm256_extracti128_si256(halves, 1)));
 #else
-  for (int i = 0; i < kLanes; ++i) to[i] = Code(values.raw[i]);
+  const Raw<Code> codes = __builtin_convertvector(values.raw, Raw<Code>);
+  __builtin_memcpy(to, &codes, sizeof codes);
 #endif
 }
+
+// lane_bits() of a block's elements.
+struct LaneBits {
+  alignas(64) uint32 at[kBlock];
+  constexpr LaneBits() : at() {
+    for (int i = 0; i < kBlock; ++i) at[i] = lane_bits(uint32(i));
+  }
+};
+constexpr LaneBits kLaneBits;
 
 SHARDADAM_FN uint32 largest_of(Uints values) {
   uint32 largest = 0;
