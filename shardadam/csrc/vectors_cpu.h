@@ -7,9 +7,10 @@
 
 #if defined(__AVX2__)
 #pragma GCC diagnostic push
+#if !defined(__clang__)
 // GCC's own headers start from registers that they leave undefined on purpose.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
