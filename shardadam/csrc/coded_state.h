@@ -70,6 +70,7 @@ constexpr float kLeastDivisor = 0x1p-80f;  // less than any root that is not 0
 SHARDADAM_FN float root_of(float value) { return sqrtf(value); }
 SHARDADAM_FN int whole_of(float value) { return int(value); }
 SHARDADAM_FN float to_float(int value) { return float(value); }
+SHARDADAM_FN int to_int(int value) { return value; }
 SHARDADAM_FN int to_int(uint32 value) { return int(value); }
 SHARDADAM_FN uint32 to_uint(int value) { return uint32(value); }
 template <class T>
@@ -178,7 +179,8 @@ struct Root16 {
       : zero(scale ? int(uint32(scale) << 16) - (0xffff << kShift) : 0) {}
   template <class Int>
   SHARDADAM_FN auto decode(Int code) const {
-    return float_of(to_uint(select(code > Int(0), zero + (code << kShift), Int(0))));
+    const auto wide = to_int(code);
+    return float_of(to_uint(select(wide > 0, zero + (wide << kShift), wide)));
   }
   template <class Float, class Uint>
   SHARDADAM_FN auto code(Float root, Uint random) const {

@@ -80,6 +80,7 @@ SHARDADAM_FN Vector<T> most(Vector<T> a, Vector<T> b) {
 }
 SHARDADAM_FN Uints bits_of(Floats values) { return Uints(Raw<uint32>(values.raw)); }
 SHARDADAM_FN Floats float_of(Uints bits) { return Floats(Raw<float>(bits.raw)); }
+SHARDADAM_FN Ints to_int(Ints values) { return values; }
 SHARDADAM_FN Ints to_int(Uints values) { return Ints(Raw<int>(values.raw)); }
 SHARDADAM_FN Uints to_uint(Ints values) { return Uints(Raw<uint32>(values.raw)); }
 SHARDADAM_FN Ints whole_of(Floats values) {
