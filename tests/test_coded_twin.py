@@ -7,7 +7,7 @@ import torch
 
 from coded_runs import BY_BLOCKS, STATES, gradients, zero_run
 from kernel_runs import BF16, FP16, FP32, FP64, VARIANTS, assert_same_bits, coefficients, copy
-from shardadam.kernels import Coefficients, reference
+from shardadam.kernels import Coefficients, Hyperparameters, fold, reference
 
 STEPS = 4
 
@@ -35,6 +35,24 @@ def test_equals_reference(state, master, dtype, twin):
                 reference.update(expected)
                 twin.update([run])
                 assert_same_bits(run, expected)
+
+
+@pytest.mark.parametrize("factor", [1e-30, -1e30])
+@pytest.mark.parametrize("beta", [0.0, 1 - 1e-9])
+@pytest.mark.parametrize("state", ["bf16", "q16", "q8"])
+def test_equals_reference_with_extreme_coefficients(state, beta, factor, twin):
+    # Gradients that reach the limit, and limits beyond float; a beta that float would make 1.
+    for l2 in (0.0, 0.1):
+        hyper = Hyperparameters(1e-2, beta, beta, 1e-8, l2, decoupled=False, maximize=False)
+        grad = gradients(1_000, FP32, seed=0)
+        run = zero_run(state, "split", grad, fold(hyper, 1.0), True, torch.ones(1_000))
+        for step in range(1, STEPS + 1):
+            run.coefficients = fold(hyper, float(step), 1.0, factor)
+            expected = copy(run)
+            reference.update(expected)
+            twin.update([run])
+            assert_same_bits(run, expected)
+        assert (run.exp_avg_sq != 0).any()
 
 
 @pytest.mark.parametrize("state", ["q16", "q8"])

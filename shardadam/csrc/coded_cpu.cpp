@@ -11,15 +11,13 @@ namespace shardadam {
 namespace SHARDADAM_ISA {
 namespace {
 
-// No vector of it straddles two cache lines.
+// A block's numbers. No vector of it straddles two cache lines.
 template <class T>
-struct alignas(64) Lanes {
+struct alignas(64) Buffer {
   T at[kBlock];
   operator T*() { return at; }
   operator const T*() const { return at; }
 };
-using Floats = Lanes<float>;
-using Codes = Lanes<int>;
 
 // What a block is updated with.
 struct Block {
@@ -31,11 +29,11 @@ struct Block {
   uint64 random;  // the key of its random bits
 };
 
-// Fetches the group after this one. Further ahead, as in adam_cpu.cpp, is slower by a tenth: six or
-// seven arrays and the buffers share the L1 cache.
-inline void prefetch_group(const void* values, int64_t start, int64_t bytes) {
-  const char* ahead = static_cast<const char*>(values) + (start + kGroup) * bytes;
-  for (int64_t byte = 0; byte < kGroup * bytes; byte += 64) __builtin_prefetch(ahead + byte);
+// Fetches a block of an array that lies 8 blocks ahead, which is measured. Block by block: fetched
+// a group at a time, so many lines would be under way that loads wait for a free place.
+SHARDADAM_FN void prefetch_block(const void* values, int64_t start, int64_t bytes) {
+  const char* ahead = static_cast<const char*>(values) + (start + 8 * kBlock) * bytes;
+  for (int64_t byte = 0; byte < kBlock * bytes; byte += 64) __builtin_prefetch(ahead + byte);
 }
 
 // ---- moments ------------------------------------------------------------------------------------
@@ -69,18 +67,6 @@ class Slice {
   T copy_[kBlock];
 };
 
-template <class Code>
-inline void widen_codes(const Code* __restrict codes, int* __restrict out) {
-  for (int i = 0; i < kBlock; ++i) out[i] = codes[i];
-}
-
-template <class Code>
-inline void narrow_codes(const int* __restrict values, Slice<Code>&& slice) {
-  Code* __restrict codes = slice.values();
-  for (int i = 0; i < kBlock; ++i) codes[i] = Code(values[i]);
-  slice.write_back();
-}
-
 inline float largest_of(const float* values) {
   uint32 largest = 0;  // as bits: a maximum of floats would not be vectorised
   for (int i = 0; i < kBlock; ++i) {
@@ -90,18 +76,11 @@ inline float largest_of(const float* values) {
   return float_of(largest);
 }
 
-// Whether a block whose squares are now `largest_square` at most needed no check. Any gradient that
-// did, and NaN, makes a larger square. (The checks take a fifth of the time: they are left out
-// first, and the rare block that needs them is updated again.)
-inline bool needed_no_check(float largest_square, const Single& c) {
-  return largest_square <= c.forget2 * (kLargestGrad * kLargestGrad * 0.25f);
-}
-
 template <bool kAmsgrad, bool kNesterov, bool kL2>
 struct Full {
   static constexpr int kAverageBytes = 4, kSquareBytes = 4;
   struct Values {};
-  static void store(const Block&, const Values&) {}
+  static void put(const Block&, const Values&) {}
   static void update(const Block& block, const float* __restrict param,
                      const float* __restrict grad, float* __restrict updated, Values&) {
     Slice<float> averages(block.run.exp_avg, block), squares(block.run.exp_avg_sq, block);
@@ -128,12 +107,12 @@ template <bool kAmsgrad, bool kNesterov, bool kL2>
 struct InBf16 {
   static constexpr int kAverageBytes = 2, kSquareBytes = 2;
   struct Values {};
-  static void store(const Block&, const Values&) {}
+  static void put(const Block&, const Values&) {}
   static void update(const Block& block, const float* __restrict param,
                      const float* __restrict grad, float* __restrict updated, Values&) {
     Slice<Bf16> averages(block.run.exp_avg, block), squares(block.run.exp_avg_sq, block);
     Slice<Bf16> maxima(kAmsgrad ? block.run.max_exp_avg_sq : block.run.exp_avg_sq, block);
-    Floats average, square, largest;
+    Buffer<float> average, square, largest;
     const auto apply = [&](auto checked) {
       widen(averages.values(), kBlock, average);
       widen(squares.values(), kBlock, square);
@@ -177,7 +156,8 @@ struct Coded {
 
   // Between an update and its codes.
   struct Values {
-    Floats ratios, roots, maxima;
+    Buffer<float> ratios, roots, maxima;
+    Buffer<uint32> random;
     uint16 ratio_scale, root_scale, maxima_scale;
   };
 
@@ -192,6 +172,8 @@ struct Coded {
     if (kAmsgrad) v.maxima_scale = Root::scale_of_maxima(largest_of(v.maxima));
   }
 
+  // In two loops: in one, the operations that wait for a root and then for a division would fill
+  // the processor's queues, and none of the next elements' would start.
   template <bool kChecked>
   static inline __attribute__((always_inline)) void apply(
       const Block& block, const float* __restrict param, const float* __restrict grad,
@@ -202,35 +184,46 @@ struct Coded {
     const Ratio ratio_code(run.exp_avg_scale[index]);
     const Root root_code(run.exp_avg_sq_scale[index]);
     const Root maximum_code(kAmsgrad ? run.max_exp_avg_sq_scale[index] : uint16(0));
-    Codes ratio_codes, root_codes, maximum_codes;
-    widen_codes(Slice<int8>(run.exp_avg, block).values(), ratio_codes);
-    widen_codes(Slice<Storage>(run.exp_avg_sq, block).values(), root_codes);
-    if (kAmsgrad) widen_codes(Slice<Storage>(run.max_exp_avg_sq, block).values(), maximum_codes);
-    float* __restrict ratios = v.ratios;
-    float* __restrict roots = v.roots;
-    float* __restrict maxima = v.maxima;
-    uint32 ratio_bits = 0, root_bits = 0;  // of the largest
-    for (int i = 0; i < kBlock; ++i) {
-      const float g = effective_grad<kL2, kChecked>(grad[i], param[i], c);
-      const float before = root_code.decode(root_codes[i]);
-      float average = ratio_code.decode(ratio_codes[i], before), square = before * before;
+    Slice<int8> ratio_codes(run.exp_avg, block);
+    Slice<Storage> root_codes(run.exp_avg_sq, block);
+    Slice<Storage> maximum_codes(kAmsgrad ? run.max_exp_avg_sq : run.exp_avg_sq, block);
+    const int8* ratio_at = ratio_codes.values();
+    const Storage *root_at = root_codes.values(), *maximum_at = maximum_codes.values();
+    Buffer<float> averages;
+    Uints ratio_bits = 0, root_bits = 0;  // of the largest
+    for (int i = 0; i < kBlock; i += kLanes) {
+      const Floats g = effective_grad<kL2, kChecked>(load(grad + i), load(param + i), c);
+      const Floats before = root_code.decode(load_codes(root_at + i));
+      Floats average = ratio_code.decode(load_codes(ratio_at + i), before);
+      Floats square = before * before;
       update_moments<kChecked>(average, square, g, c);
-      const float root = sqrtf(square), ratio = Ratio::of(average, root);
-      float divisor = root;
-      if (kAmsgrad) maxima[i] = divisor = larger(maximum_code.decode(maximum_codes[i]), root);
-      updated[i] =
-          updated_param<kNesterov, kChecked>(param[i], grad[i], g, average, square, divisor, c);
-      ratios[i] = ratio;
-      roots[i] = root;
-      const uint32 ratio_size = bits_of(size_of(ratio)), root_size = bits_of(size_of(root));
-      ratio_bits = ratio_size > ratio_bits ? ratio_size : ratio_bits;
-      root_bits = root_size > root_bits ? root_size : root_bits;
+      const Floats root = root_of(square);
+      store(averages + i, average);
+      store(v.roots + i, root);
+      root_bits = most(root_bits, bits_of(root));
     }
-    largest_ratio = float_of(ratio_bits);
-    largest_root = float_of(root_bits);
+    for (int i = 0; i < kBlock; i += kLanes) {
+      const Floats given = load(grad + i), old = load(param + i);
+      const Floats average = load(averages + i), root = load(v.roots + i);
+      const Floats g = effective_grad<kL2, kChecked>(given, old, c);
+      Floats divisor = root;
+      if (kAmsgrad) {
+        divisor = larger(maximum_code.decode(load_codes(maximum_at + i)), root);
+        store(v.maxima + i, divisor);
+      }
+      // For the codes: nothing waits for these, and beside divisions there is time for them.
+      store(v.random + i, mixed_bits(uint32(block.random), load(kLaneBits.at + i)));
+      const Floats ratio = Ratio::of(average, root);
+      store(v.ratios + i, ratio);
+      ratio_bits = most(ratio_bits, bits_of(size_of(ratio)));
+      store(updated + i,
+            updated_param<kNesterov, kChecked>(old, given, g, average, root, divisor, c));
+    }
+    largest_ratio = float_of(largest_of(ratio_bits));
+    largest_root = float_of(largest_of(root_bits));
   }
 
-  static void store(const Block& block, const Values& v) {
+  static void put(const Block& block, const Values& v) {
     const Run& run = block.run;
     const int64_t index = block.start / kBlock;
     run.exp_avg_scale[index] = v.ratio_scale;
@@ -238,19 +231,25 @@ struct Coded {
     const Ratio ratio_code(v.ratio_scale);
     const Root root_code(v.root_scale);
     const float stalls = block.single.stalls;
-    Codes ratio_codes, root_codes;
-    for (int i = 0; i < kBlock; ++i) {
-      const uint32 bits = random_bits(block.random, uint32(i));
-      root_codes[i] = root_code.code(v.roots[i], bits >> 16);
-      ratio_codes[i] = ratio_code.code(v.ratios[i], bits & 0xffffu, stalls);
+    Slice<int8> ratio_codes(run.exp_avg, block);
+    Slice<Storage> root_codes(run.exp_avg_sq, block);
+    int8* ratio_at = ratio_codes.values();
+    Storage* root_at = root_codes.values();
+    for (int i = 0; i < kBlock; i += kLanes) {
+      const Uints bits = load(v.random + i);
+      store_codes(root_at + i, root_code.code(load(v.roots + i), bits >> 16));
+      store_codes(ratio_at + i, ratio_code.code(load(v.ratios + i), bits & 0xffffu, stalls));
     }
-    narrow_codes(ratio_codes, Slice<int8>(run.exp_avg, block));
-    narrow_codes(root_codes, Slice<Storage>(run.exp_avg_sq, block));
+    ratio_codes.write_back();
+    root_codes.write_back();
     if (kAmsgrad) {
       run.max_exp_avg_sq_scale[index] = v.maxima_scale;
       const Root maximum_code(v.maxima_scale);
-      for (int i = 0; i < kBlock; ++i) root_codes[i] = maximum_code.code_of_maximum(v.maxima[i]);
-      narrow_codes(root_codes, Slice<Storage>(run.max_exp_avg_sq, block));
+      Slice<Storage> maximum_codes(run.max_exp_avg_sq, block);
+      Storage* at = maximum_codes.values();
+      for (int i = 0; i < kBlock; i += kLanes)
+        store_codes(at + i, maximum_code.code_of_maximum(load(v.maxima + i)));
+      maximum_codes.write_back();
     }
   }
 };
@@ -278,11 +277,6 @@ void update_blocks(const Run& run, const void* grads, const Coefficients& coeffi
     const int64_t count = end - start < kGroup ? end - start : kGroup;
     if (count < kGroup)
       for (int64_t i = 0; i < kGroup; ++i) param[i] = grad[i] = 0;
-    prefetch_group(grads, start, gradients.bytes);
-    prefetch_group(run.param, start, params.bytes);
-    prefetch_group(run.master, start, params.master_bytes);
-    prefetch_group(run.exp_avg, start, Moments::kAverageBytes);
-    prefetch_group(run.exp_avg_sq, start, Moments::kSquareBytes);
     gradients.load(grads, start, count, grad);
     params.load(run, start, count, param);
     const auto block_at = [&](int64_t offset) {
@@ -291,9 +285,16 @@ void update_blocks(const Run& run, const void* grads, const Coefficients& coeffi
       return Block{run,   coefficients, single, start + offset, left < kBlock ? left : kBlock,
                    random};
     };
-    for (int64_t i = 0; i < count; i += kBlock)
+    for (int64_t i = 0; i < count; i += kBlock) {
+      prefetch_block(grads, start + i, gradients.bytes);
+      prefetch_block(run.param, start + i, params.bytes);
+      prefetch_block(run.master, start + i, params.master_bytes);
+      prefetch_block(run.exp_avg, start + i, Moments::kAverageBytes);
+      prefetch_block(run.exp_avg_sq, start + i, Moments::kSquareBytes);
+      if (run.max_exp_avg_sq) prefetch_block(run.max_exp_avg_sq, start + i, Moments::kSquareBytes);
       Moments::update(block_at(i), param + i, grad + i, updated + i, values[i / kBlock]);
-    for (int64_t i = 0; i < count; i += kBlock) Moments::store(block_at(i), values[i / kBlock]);
+    }
+    for (int64_t i = 0; i < count; i += kBlock) Moments::put(block_at(i), values[i / kBlock]);
     params.store(run, start, count, updated, param_key);
   }
 }

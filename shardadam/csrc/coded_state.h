@@ -12,27 +12,47 @@
 
 namespace shardadam {
 
-// Coefficients in float. What is near 1 is held by its distance from 1, which a float has to 24
-// bits: 1 - 1e-7 * weight_decay would be 1.
+// Coefficients in float: betas as floats, what is new weighted with exactly the rest to 1. What is
+// nearer to 1 is held by its distance from 1, which a float has to 24 bits: 1 - 1e-7 *
+// weight_decay would be 1. As in Coefficients, the gradient's factor is folded into what the
+// gradient is multiplied by anyway, unless L2 decay comes between.
 struct Single {
-  float grad_factor;
+  float grad_factor;  // with L2 decay
   float l2;
-  float forget1;         // 1 - beta1
-  float forget2;         // 1 - beta2
-  float grad_to_update;  // of the gradient after grad_factor
+  float largest_grad;  // a gradient is limited to it, after L2 decay
+  float beta1;
+  float beta2;
+  float grad_to_exp_avg;
+  float grad_to_root;  // its square: to exp_avg_sq
+  float grad_to_update;
   float exp_avg_to_update;
   float epsilon;
   float decay;   // 1 - keep
   float stalls;  // codes of the ratio below this would not decay if they were rounded to nearest
 };
 
+constexpr float kLargestGrad = 0x1p60f;
+constexpr float kLargestFloat = 0x1.fffffep127f;
+
+// A beta as a float, that is less than 1 as it is.
+SHARDADAM_FN float single_beta(double beta) {
+  const float largest = 0x1.fffffep-1f;
+  return beta < double(largest) ? float(beta) : largest;
+}
+
 SHARDADAM_FN Single single_of(const Coefficients& c) {
-  const bool folded = c.grad_to_update != 0 && c.l2 == 0;
+  const float beta1 = single_beta(c.beta1), beta2 = single_beta(c.beta2);
+  const double folded = c.l2 != 0 ? 1 : c.grad_factor;
+  const double size = folded < 0 ? -folded : folded;
+  const bool limited = double(kLargestGrad) < double(kLargestFloat) * size;
   return {float(c.grad_factor),
           float(c.l2),
-          float(1.0 - c.beta1),
-          float(1.0 - c.beta2),
-          float(folded ? c.grad_to_update / c.grad_factor : c.grad_to_update),
+          limited ? float(double(kLargestGrad) / size) : kLargestFloat,
+          beta1,
+          beta2,
+          float((1.0 - double(beta1)) * folded),
+          float(sqrt(1.0 - double(beta2)) * folded),
+          float(c.grad_to_update),
           float(c.exp_avg_to_update),
           float(c.epsilon),
           float(1.0 - c.keep),
@@ -41,53 +61,88 @@ SHARDADAM_FN Single single_of(const Coefficients& c) {
 
 // ---- the rule -----------------------------------------------------------------------------------
 
-constexpr float kLargestGrad = 0x1p60f;
 constexpr float kLargestSquare = 0x1p126f;
 constexpr float kLeastDivisor = 0x1p-80f;  // less than any root that is not 0
 
-// Of numbers that are not negative, whose bits are in their order.
-SHARDADAM_FN float larger(float left, float right) {
-  const uint32 a = bits_of(left), b = bits_of(right);
-  return float_of(a > b ? a : b);
+// The templates below are for one number, or for vectors of them with the same functions and
+// operators (vectors_cpu.h).
+
+SHARDADAM_FN float root_of(float value) { return sqrtf(value); }
+SHARDADAM_FN int whole_of(float value) { return int(value); }
+SHARDADAM_FN float to_float(int value) { return float(value); }
+SHARDADAM_FN int to_int(int value) { return value; }
+SHARDADAM_FN int to_int(uint32 value) { return int(value); }
+SHARDADAM_FN uint32 to_uint(int value) { return uint32(value); }
+template <class T>
+SHARDADAM_FN T select(bool condition, T yes, T no) {
+  return condition ? yes : no;
+}
+template <class T>
+SHARDADAM_FN T most(T a, T b) {
+  return select(a > b, a, b);
 }
 
-SHARDADAM_FN float size_of(float value) { return float_of(bits_of(value) & 0x7fffffffu); }
+// Of numbers that are not negative, whose bits are in their order.
+template <class Float>
+SHARDADAM_FN Float larger(Float left, Float right) {
+  return float_of(most(bits_of(left), bits_of(right)));
+}
 
-SHARDADAM_FN bool is_finite(float value) { return value - value == 0; }
+template <class Float>
+SHARDADAM_FN Float size_of(Float value) {
+  return float_of(bits_of(value) & 0x7fffffffu);
+}
 
-// The gradient after its factor and L2 decay. Where it is not finite the state gets 0, and the
-// param becomes NaN. A caller that knows that nothing has to be checked may say so: a gradient of
-// at most kLargestGrad, and without kL2.
-template <bool kL2, bool kChecked>
-SHARDADAM_FN float effective_grad(float given, float param, const Single& c) {
-  if (!kChecked) return c.grad_factor * given;
-  float grad = c.grad_factor * (is_finite(given) ? given : 0.0f);
+template <class Float>
+SHARDADAM_FN auto is_finite(Float value) {
+  return value - value == Float(0.0f);
+}
+
+// The gradient that the moments get: with L2 decay, if there is any. Where it is not finite they
+// get 0, and the param becomes NaN. A caller that knows that nothing has to be checked may say so:
+// a gradient of at most half of `largest_grad`, and without kL2.
+template <bool kL2, bool kChecked, class Float>
+SHARDADAM_FN Float effective_grad(Float given, Float param, const Single& c) {
+  if (!kChecked) return given;
+  Float grad = select(is_finite(given), given, Float(0.0f));
   if (kL2) {
-    grad = grad + c.l2 * param;
-    grad = grad == grad ? grad : 0.0f;
+    grad = c.grad_factor * grad + c.l2 * param;
+    grad = select(grad == grad, grad, Float(0.0f));
   }
-  grad = grad < -kLargestGrad ? -kLargestGrad : grad;
-  return grad > kLargestGrad ? kLargestGrad : grad;
+  grad = select(grad < Float(-c.largest_grad), Float(-c.largest_grad), grad);
+  return select(grad > Float(c.largest_grad), Float(c.largest_grad), grad);
+}
+
+// Whether elements whose squares are now `largest_square` at most needed no check. Any gradient
+// that did, and NaN, makes a larger square. (The checks take a fifth of the time: they are left out
+// first, and the rare elements that need them are updated again.)
+SHARDADAM_FN bool needed_no_check(float largest_square, const Single& c) {
+  const float root = 0.5f * (c.grad_to_root * c.largest_grad);
+  return largest_square <= root * root;
 }
 
 // Leaves in `exp_avg` what can be stored: where the square is 0, so is it.
-template <bool kChecked>
-SHARDADAM_FN void update_moments(float& exp_avg, float& square, float grad, const Single& c) {
-  exp_avg = (exp_avg - c.forget1 * exp_avg) + c.forget1 * grad;
-  square = (square - c.forget2 * square) + c.forget2 * (grad * grad);
-  if (kChecked) square = square > kLargestSquare ? kLargestSquare : square;
-  exp_avg = square > 0 ? exp_avg : 0.0f;
+template <bool kChecked, class Float>
+SHARDADAM_FN void update_moments(Float& exp_avg, Float& square, Float grad, const Single& c) {
+  const Float root = c.grad_to_root * grad;
+  exp_avg = c.beta1 * exp_avg + c.grad_to_exp_avg * grad;
+  square = c.beta2 * square + root * root;
+  if (kChecked) square = select(square > Float(kLargestSquare), Float(kLargestSquare), square);
+  exp_avg = select(square > Float(0.0f), exp_avg, Float(0.0f));
 }
 
-// `divisor` is the root of the square, or of its maximum.
-template <bool kNesterov, bool kChecked>
-SHARDADAM_FN float updated_param(float param, float given, float grad, float exp_avg, float square,
-                                 float divisor, const Single& c) {
-  float numerator = c.exp_avg_to_update * exp_avg;
-  if (kNesterov) numerator = numerator + c.grad_to_update * (square > 0 ? grad : 0.0f);
-  const float change = numerator / (larger(divisor, kLeastDivisor) + c.epsilon);
-  const float updated = param - (change + c.decay * param);
-  return !kChecked || is_finite(given) ? updated : float_of(0x7fc00000u);
+// `square` may be its root, too. `divisor` is the root of the square, or of its maximum.
+template <bool kNesterov, bool kChecked, class Float>
+SHARDADAM_FN Float updated_param(Float param, Float given, Float grad, Float exp_avg, Float square,
+                                 Float divisor, const Single& c) {
+  Float numerator = c.exp_avg_to_update * exp_avg;
+  if (kNesterov) {
+    const Float alive = select(square > Float(0.0f), grad, Float(0.0f));
+    numerator = numerator + c.grad_to_update * alive;
+  }
+  const Float change = numerator / (larger(divisor, Float(kLeastDivisor)) + c.epsilon);
+  const Float updated = param - (change + c.decay * param);
+  return kChecked ? select(is_finite(given), updated, Float(float_of(0x7fc00000u))) : updated;
 }
 
 // ---- numbers ------------------------------------------------------------------------------------
@@ -106,10 +161,9 @@ SHARDADAM_FN uint16 stochastic_bf16(float value, uint32 random16) {
 // and only 0 has the code 0. A maximum's code never decodes to less than the maximum.
 
 // 1 for what is not 0, unless it is more.
-SHARDADAM_FN int at_least(float root, int code) {
-  const uint32 bits = bits_of(root);
-  const int least = int(bits < 1u ? bits : 1u);
-  return code > least ? code : least;
+template <class Float, class Int>
+SHARDADAM_FN Int at_least(Float root, Int code) {
+  return select(root > Float(0.0f), most(code, Int(1)), Int(0));
 }
 
 // 16 bits: the exponent, counted down from the scale's, and 11 bits of the significand, so that a
@@ -123,14 +177,18 @@ struct Root16 {
   int zero;  // the bits that a code counts from; more than 0's, unless all of the block is 0
   explicit SHARDADAM_FN Root16(uint16 scale)
       : zero(scale ? int(uint32(scale) << 16) - (0xffff << kShift) : 0) {}
-  SHARDADAM_FN float decode(int code) const {
-    return float_of(code ? uint32(zero + (code << kShift)) : 0u);
+  template <class Int>
+  SHARDADAM_FN auto decode(Int code) const {
+    const auto wide = to_int(code);
+    return float_of(to_uint(select(wide > 0, zero + (wide << kShift), wide)));
   }
-  SHARDADAM_FN int code(float root, uint32 random) const {
-    return at_least(root, (int(bits_of(root)) - zero + int(random >> 4)) >> kShift);
+  template <class Float, class Uint>
+  SHARDADAM_FN auto code(Float root, Uint random) const {
+    return at_least(root, (to_int(bits_of(root)) - zero + to_int(random >> 4)) >> kShift);
   }
-  SHARDADAM_FN int code_of_maximum(float root) const {
-    return at_least(root, (int(bits_of(root)) - zero + 0xfff) >> kShift);
+  template <class Float>
+  SHARDADAM_FN auto code_of_maximum(Float root) const {
+    return at_least(root, (to_int(bits_of(root)) - zero + 0xfff) >> kShift);
   }
 };
 
@@ -151,20 +209,25 @@ struct Root8 {
     unit = value * (1.0f / (kCodes * kCodes));
     per_root = value > 0 ? kCodes / sqrtf(value) : 0.0f;
   }
-  SHARDADAM_FN float decode(int code) const { return (float(code) * float(code)) * unit; }
+  template <class Int>
+  SHARDADAM_FN auto decode(Int code) const {
+    return (to_float(code) * to_float(code)) * unit;
+  }
   // A step is so wide that the square, a code's fourth power, would grow by rounding: the chance of
   // the upper code is such that the square's expected value is right to first order.
-  SHARDADAM_FN int code(float root, uint32 random) const {
-    const float place = sqrtf(root) * per_root;
-    const int whole = int(place);
-    const float below = float(whole), beyond = place - below;
-    const float chance = float(int(random)) * 0x1p-16f;
-    const bool up = chance * (below + 1.5f) < beyond * (below + 1.5f * beyond);
-    return at_least(root, whole + (up ? 1 : 0));
+  template <class Float, class Uint>
+  SHARDADAM_FN auto code(Float root, Uint random) const {
+    const Float place = root_of(root) * per_root;
+    const auto whole = whole_of(place);
+    const Float below = to_float(whole), beyond = place - below;
+    const Float chance = to_float(to_int(random)) * 0x1p-16f;
+    const auto up = chance * (below + 1.5f) < beyond * (below + 1.5f * beyond);
+    return at_least(root, select(up, whole + 1, whole));
   }
-  SHARDADAM_FN int code_of_maximum(float root) const {
-    const int code = int(sqrtf(root) * per_root + 0.5f);
-    return code + (decode(code) < root ? 1 : 0);
+  template <class Float>
+  SHARDADAM_FN auto code_of_maximum(Float root) const {
+    const auto code = whole_of(root_of(root) * per_root + 0.5f);
+    return select(decode(code) < root, code + 1, code);
   }
 };
 
@@ -177,8 +240,9 @@ struct Ratio {
     const uint16 scale = bf16_up(largest * (1.0f + 0x1p-14f));
     return float_of_bf16(scale) >= kLeast ? scale : uint16(0);
   }
-  static SHARDADAM_FN float of(float exp_avg, float root) {
-    return exp_avg / larger(root, kLeastDivisor);
+  template <class Float>
+  static SHARDADAM_FN Float of(Float exp_avg, Float root) {
+    return exp_avg / larger(root, Float(kLeastDivisor));
   }
 
   float unit, per_ratio;
@@ -187,13 +251,17 @@ struct Ratio {
     unit = value * (1.0f / kCodes);
     per_ratio = value > 0 ? kCodes / value : 0.0f;
   }
-  SHARDADAM_FN float decode(int code, float root) const { return root * (float(code) * unit); }
+  template <class Int, class Float>
+  SHARDADAM_FN Float decode(Int code, Float root) const {
+    return root * (to_float(code) * unit);
+  }
   // To nearest, but stochastically below `stalls`. `random`: 16 bits, which become the last ones of
   // a float in [128, 129); so what is cut off is never negative.
-  SHARDADAM_FN int code(float ratio, uint32 random, float stalls) const {
-    const float place = ratio * per_ratio;
-    const float offset = float_of(0x43000000u | random);
-    return int(place + (size_of(place) < stalls ? offset : 128.5f)) - 128;
+  template <class Float, class Uint>
+  SHARDADAM_FN auto code(Float ratio, Uint random, float stalls) const {
+    const Float place = ratio * per_ratio;
+    const Float offset = float_of(random | 0x43000000u);
+    return whole_of(place + select(size_of(place) < Float(stalls), offset, Float(128.5f))) - 128;
   }
 };
 

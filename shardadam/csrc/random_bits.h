@@ -29,11 +29,20 @@ SHARDADAM_FN uint64 block_key(uint64 stream_key, int64 block) {
   return mix64(stream_key + uint64(block));
 }
 
-// 32 bits for one element of a block, the upper ones the better: two rounds of multiplication by
-// MurmurHash3's factors (Appleby), so few that rounding to nearest would hardly be faster.
-SHARDADAM_FN uint32 random_bits(uint64 block_key, uint32 lane) {
-  const uint32 bits = (uint32(block_key) ^ (lane * 0x9e3779b9u)) * 0x85ebca6bu;
+// What tells a block's elements apart.
+SHARDADAM_FN constexpr uint32 lane_bits(uint32 lane) { return lane * 0x9e3779b9u; }
+
+// 32 bits from the key of a block and the bits of a lane, the upper ones the better: two rounds of
+// multiplication by MurmurHash3's factors (Appleby), so few that rounding to nearest would hardly
+// be faster. For one element or a vector of them.
+template <class Uint>
+SHARDADAM_FN Uint mixed_bits(uint32 key, Uint lane) {
+  const Uint bits = (key ^ lane) * 0x85ebca6bu;
   return (bits ^ (bits >> 15)) * 0xc2b2ae35u;
+}
+
+SHARDADAM_FN uint32 random_bits(uint64 block_key, uint32 lane) {
+  return mixed_bits(uint32(block_key), lane_bits(lane));
 }
 
 }  // namespace shardadam

@@ -2,82 +2,106 @@
 // per group of blocks costs nothing, and a format more is no loop of coded_cpu.cpp more.
 #pragma once
 
-#include "params_cpu.h"
+#include "vectors_cpu.h"
 
 namespace shardadam {
 namespace SHARDADAM_ISA {
 namespace {
 
 // Elements that are widened at a time, which together stay in the L1 cache.
-constexpr int64_t kGroup = 4 * kBlock;
+constexpr int64_t kGroup = 2 * kBlock;
 
-// Masters with kBits rounded away. `random`: the key of the stream.
-template <int kBits>
-inline __attribute__((always_inline)) void round(const Run& run, int64_t start, int64_t count,
-                                                 const float* masters, uint64 random,
-                                                 uint32* __restrict bits) {
-  for (int64_t block = 0; block < count; block += kBlock) {
-    const uint64 key = block_key(random, run.first_block + (start + block) / kBlock);
-    for (int i = 0; i < kBlock; ++i)
-      bits[block + i] = stochastic_bits<kBits>(masters[block + i], random_bits(key, uint32(i)));
+// Rounds a group's masters stochastically by kBits and gives them to `put(place, bits)`, vector by
+// vector, with whatever is in the last kBits. False, and nothing done, where one is so large that
+// it might become infinite, or NaN. `random`: the key of the stream.
+template <int kBits, class Put>
+SHARDADAM_FN bool round_group(const Run& run, int64_t start, const float* masters, uint64 random,
+                              Put put) {
+  Uints largest = 0;
+  for (int64_t i = 0; i < kGroup; i += kLanes)
+    largest = most(largest, bits_of(size_of(load(masters + i))));
+  if (largest_of(largest) >= 0x7f7f0000u) return false;
+  for (int64_t block = 0; block < kGroup; block += kBlock) {
+    const uint32 key = uint32(block_key(random, run.first_block + (start + block) / kBlock));
+    for (int64_t i = 0; i < kBlock; i += kLanes) {
+      const Uints bits = mixed_bits(key, load(kLaneBits.at + i)) >> (32 - kBits);
+      put(block + i, bits_of(load(masters + block + i)) + bits);
+    }
+  }
+  return true;
+}
+
+// The same for any masters, one by one.
+template <int kBits, class Put>
+SHARDADAM_FN void round_each(const Run& run, int64_t start, int64_t count, const float* masters,
+                             uint64 random, Put put) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64 key = block_key(random, run.first_block + (start + i) / kBlock);
+    put(i, stochastic_bits<kBits>(masters[i], random_bits(key, uint32(i % kBlock))));
   }
 }
 
 struct Bf16Split8 {
-  static inline __attribute__((always_inline)) void load(const Run& run, int64_t start,
-                                                         int64_t count, float* __restrict out) {
-    const uint16* __restrict param = static_cast<const uint16*>(run.param) + start;
-    const int8* __restrict remainder = static_cast<const int8*>(run.master) + start;
-    for (int64_t i = 0; i < count; ++i) out[i] = master_of(Split8{param[i], remainder[i]});
+  static SHARDADAM_FN void load(const Run& run, int64_t start, int64_t count,
+                                float* __restrict out) {
+    const uint16* param = static_cast<const uint16*>(run.param) + start;
+    const int8* remainder = static_cast<const int8*>(run.master) + start;
+    const int64_t whole = count / kLanes * kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes)
+      SHARDADAM_ISA::store(out + i, float_of(to_uint((load_codes(param + i) << 16) +
+                                                     (load_codes(remainder + i) << 8))));
+    for (int64_t i = whole; i < count; ++i) out[i] = master_of(Split8{param[i], remainder[i]});
   }
-  static inline __attribute__((always_inline)) void store(const Run& run, int64_t start,
-                                                          int64_t count, const float* masters,
-                                                          uint64 random) {
-    uint16* __restrict param = static_cast<uint16*>(run.param) + start;
-    int8* __restrict remainder = static_cast<int8*>(run.master) + start;
-    uint32 bits[kGroup];
-    round<8>(run, start, count, masters, random, bits);
-    for (int64_t i = 0; i < count; ++i) param[i] = uint16((bits[i] + 0x8000u) >> 16);
-    for (int64_t i = 0; i < count; ++i) remainder[i] = int8(uint8(bits[i] >> 8));
+  static SHARDADAM_FN void store(const Run& run, int64_t start, int64_t count, const float* masters,
+                                 uint64 random) {
+    uint16* param = static_cast<uint16*>(run.param) + start;
+    int8* remainder = static_cast<int8*>(run.master) + start;
+    const auto put = [&](int64_t i, Uints bits) {
+      store_codes(param + i, to_int((bits + 0x8000u) >> 16));
+      store_codes(remainder + i, to_int(bits >> 8));
+    };
+    if (count == kGroup && round_group<8>(run, start, masters, random, put)) return;
+    round_each<8>(run, start, count, masters, random, [&](int64_t i, uint32 bits) {
+      param[i] = uint16((bits + 0x8000u) >> 16);
+      remainder[i] = int8(uint8(bits >> 8));
+    });
   }
 };
 
 struct Bf16Only {
-  static inline __attribute__((always_inline)) void load(const Run& run, int64_t start,
-                                                         int64_t count, float* __restrict out) {
+  static SHARDADAM_FN void load(const Run& run, int64_t start, int64_t count,
+                                float* __restrict out) {
     const uint16* __restrict param = static_cast<const uint16*>(run.param) + start;
     for (int64_t i = 0; i < count; ++i) out[i] = float_of_bf16(param[i]);
   }
-  static inline __attribute__((always_inline)) void store(const Run& run, int64_t start,
-                                                          int64_t count, const float* masters,
-                                                          uint64 random) {
-    uint16* __restrict param = static_cast<uint16*>(run.param) + start;
-    uint32 bits[kGroup];
-    round<16>(run, start, count, masters, random, bits);
-    for (int64_t i = 0; i < count; ++i) param[i] = uint16(bits[i] >> 16);
+  static SHARDADAM_FN void store(const Run& run, int64_t start, int64_t count, const float* masters,
+                                 uint64 random) {
+    uint16* param = static_cast<uint16*>(run.param) + start;
+    const auto put = [&](int64_t i, Uints bits) { store_codes(param + i, to_int(bits >> 16)); };
+    if (count == kGroup && round_group<16>(run, start, masters, random, put)) return;
+    round_each<16>(run, start, count, masters, random,
+                   [&](int64_t i, uint32 bits) { param[i] = uint16(bits >> 16); });
   }
 };
 
 // A format of adam_cpu.cpp's loops.
 template <class Format>
 struct Shared {
-  static inline __attribute__((always_inline)) void load(const Run& run, int64_t start,
-                                                         int64_t count, float* __restrict out) {
+  static SHARDADAM_FN void load(const Run& run, int64_t start, int64_t count,
+                                float* __restrict out) {
     const float* masters = Format(run).load(start, count, out);
     if (masters != out)
       for (int64_t i = 0; i < count; ++i) out[i] = masters[i];
   }
-  static inline __attribute__((always_inline)) void store(const Run& run, int64_t start,
-                                                          int64_t count, const float* masters,
-                                                          uint64) {
+  static SHARDADAM_FN void store(const Run& run, int64_t start, int64_t count, const float* masters,
+                                 uint64) {
     Format(run).store(start, count, masters);
   }
 };
 
 struct InPlace : Shared<Plain<float>> {
-  static inline __attribute__((always_inline)) void store(const Run& run, int64_t start,
-                                                          int64_t count, const float* masters,
-                                                          uint64) {
+  static SHARDADAM_FN void store(const Run& run, int64_t start, int64_t count, const float* masters,
+                                 uint64) {
     float* __restrict param = static_cast<float*>(run.param) + start;
     for (int64_t i = 0; i < count; ++i) param[i] = masters[i];
   }

@@ -5,6 +5,7 @@ param; every function here takes and gives ``(blocks, 128)``, the last block pad
 arithmetic is one float32 operation after the other, correctly rounded.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ BITS = {torch.int16: 16, torch.uint8: 8}  # of the code of exp_avg_sq, by the dt
 _RATIO_CODES = 127.0
 _LEAST_RATIO = 2.0**-100  # a block whose ratios are smaller has no exp_avg
 _LARGEST_GRAD = 2.0**60
+_LARGEST_FLOAT = torch.finfo(torch.float32).max
 _LARGEST_SQUARE = 2.0**126
 _LEAST_DIVISOR = 2.0**-80  # less than any root that is not 0
 
@@ -26,14 +28,20 @@ _LEAST_DIVISOR = 2.0**-80  # less than any root that is not 0
 class Single:
     """`Coefficients` for arithmetic in float32; every field is a float32.
 
-    What is near 1 is held by its distance from 1, which float32 has to 24 bits.
+    Betas are rounded to float32, and what is new is weighted with exactly the rest to 1. What is
+    nearer to 1 is held by its distance from 1, which float32 has to 24 bits. As in `Coefficients`,
+    the gradient's factor is folded into what the gradient is multiplied by anyway, unless L2 decay
+    comes between.
     """
 
-    grad_factor: float
+    grad_factor: float  # with L2 decay
     l2: float
-    forget1: float  # 1 - beta1
-    forget2: float  # 1 - beta2
-    grad_to_update: float  # of the gradient after grad_factor
+    largest_grad: float  # a gradient is limited to it, after L2 decay
+    beta1: float
+    beta2: float
+    grad_to_exp_avg: float
+    grad_to_root: float  # its square: to exp_avg_sq
+    grad_to_update: float
     exp_avg_to_update: float
     epsilon: float
     decay: float  # 1 - keep
@@ -42,14 +50,20 @@ class Single:
     @classmethod
     def of(cls, c: Coefficients) -> "Single":
         """Rounded to float32 once, from float64."""
-        to_update = c.grad_to_update
-        if to_update and not c.l2:
-            to_update = to_update / c.grad_factor
+        beta1, beta2 = (min(_float32(beta), 1.0 - 2.0**-24) for beta in (c.beta1, c.beta2))
+        folded = 1.0 if c.l2 else c.grad_factor
+        limited = abs(folded) * _LARGEST_FLOAT > _LARGEST_GRAD
         values = (
-            *(c.grad_factor, c.l2, 1.0 - c.beta1, 1.0 - c.beta2, to_update, c.exp_avg_to_update),
-            *(c.epsilon, 1.0 - c.keep, 0.5 / (1.0 - c.beta1)),
+            *(c.grad_factor, c.l2, _LARGEST_GRAD / abs(folded) if limited else _LARGEST_FLOAT),
+            *(beta1, beta2, (1.0 - beta1) * folded, math.sqrt(1.0 - beta2) * folded),
+            *(c.grad_to_update, c.exp_avg_to_update, c.epsilon),
+            *(1.0 - c.keep, 0.5 / (1.0 - c.beta1)),
         )
-        return cls(*torch.tensor(values, dtype=torch.float64).float().tolist())
+        return cls(*map(_float32, values))
+
+
+def _float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float64).float().item()
 
 
 def update(run: Run, param: Tensor, grad: Tensor) -> Tensor:
@@ -65,14 +79,14 @@ def update(run: Run, param: Tensor, grad: Tensor) -> Tensor:
     numel = param.numel()
     param, given = blocks_of(param.float()), blocks_of(grad.float())
     finite = given.isfinite()
-    grad = c.grad_factor * torch.where(finite, given, 0.0)
+    grad = torch.where(finite, given, 0.0)
     if shared.l2:
-        grad = grad + c.l2 * param
+        grad = c.grad_factor * grad + c.l2 * param
         grad = torch.where(grad.isnan(), 0.0, grad)
-    grad = grad.clamp(-_LARGEST_GRAD, _LARGEST_GRAD)
+    grad = grad.clamp(-c.largest_grad, c.largest_grad)
     exp_avg, square = _decode_moments(run)
-    exp_avg = (exp_avg - c.forget1 * exp_avg) + c.forget1 * grad
-    square = (square - c.forget2 * square) + c.forget2 * (grad * grad)
+    exp_avg = c.beta1 * exp_avg + c.grad_to_exp_avg * grad
+    square = c.beta2 * square + (c.grad_to_root * grad).square()
     square = square.clamp(max=_LARGEST_SQUARE)
     alive = square > 0
     exp_avg = torch.where(alive, exp_avg, 0.0)
