@@ -1,0 +1,247 @@
+// Moments in every format that goes by blocks, as a lane of a CUDA warp reads, updates and writes
+// its part of a block. No arithmetic of the rule: that is called, in the order of coded_cpu.cpp.
+#pragma once
+
+#include "batch_cuda.h"
+#include "coded_state.h"
+#include "memory_cuda.h"
+
+namespace shardadam {
+
+constexpr int kLanes = 32;
+// 16 bytes of 16-bit operands, so that half a warp has a block: two blocks are under way at once,
+// and their maxima take four shuffles instead of five.
+constexpr int kOwn = 8;
+constexpr int kLanesOfBlock = kBlock / kOwn;
+constexpr int kBlocksOfWarp = kLanes / kLanesOfBlock;
+
+// A lane's elements: kOwn of them, `count` of which exist.
+struct Place {
+  int64 block;  // of the run
+  int64 index;  // of the first, in the run
+  uint32 lane;  // of the first, in the block
+  int count;
+};
+
+// What the elements of a run have in common.
+struct Terms {
+  Coefficients coefficients;
+  Single single;
+};
+
+// The largest of a block's numbers, none of them negative, for each of its lanes.
+SHARDADAM_FN float largest_of_block(const float (&values)[kOwn]) {
+  float largest = values[0];
+#pragma unroll
+  for (int i = 1; i < kOwn; ++i) largest = larger(largest, values[i]);
+#pragma unroll
+  for (int distance = kLanesOfBlock / 2; distance > 0; distance /= 2)
+    largest = larger(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
+  return largest;
+}
+
+template <int kFlags>
+struct Rule {
+  static constexpr bool kAmsgrad = kFlags & kFlagAmsgrad;
+  static constexpr bool kNesterov = kFlags & kFlagNesterov;
+  static constexpr bool kL2 = kFlags & kFlagL2;
+};
+
+// Moments of type T, as adam_cuda.cu's; for params that are rounded stochastically.
+template <class T, int kFlags>
+struct Uncoded : Rule<kFlags> {
+  using Rule<kFlags>::kAmsgrad;
+  T* exp_avg;
+  T* exp_avg_sq;
+  T* max_exp_avg_sq;
+
+  struct Values {
+    T averages[kOwn], squares[kOwn], largest[kOwn];
+  };
+
+  SHARDADAM_FN Uncoded(const Batch& batch, int64 start)
+      : exp_avg(static_cast<T*>(batch.exp_avg) + start),
+        exp_avg_sq(static_cast<T*>(batch.exp_avg_sq) + start),
+        max_exp_avg_sq(kAmsgrad ? static_cast<T*>(batch.max_exp_avg_sq) + start : nullptr) {}
+  SHARDADAM_FN bool is_aligned() const {
+    return aligned(exp_avg) && aligned(exp_avg_sq) && (!kAmsgrad || aligned(max_exp_avg_sq));
+  }
+  template <class Access>
+  SHARDADAM_FN void load(Access access, const Place& at, Values& values) const {
+    access.load(values.averages, exp_avg + at.index);
+    access.load(values.squares, exp_avg_sq + at.index);
+    if constexpr (kAmsgrad) access.load(values.largest, max_exp_avg_sq + at.index);
+  }
+  template <class Access>
+  SHARDADAM_FN void store(Access access, const Place& at, const Values& values) const {
+    access.store(exp_avg + at.index, values.averages);
+    access.store(exp_avg_sq + at.index, values.squares);
+    if constexpr (kAmsgrad) access.store(max_exp_avg_sq + at.index, values.largest);
+  }
+};
+
+template <int kFlags>
+struct Full : Uncoded<float, kFlags> {
+  using Uncoded<float, kFlags>::Uncoded;
+  using R = Rule<kFlags>;
+  using typename Uncoded<float, kFlags>::Values;
+
+  SHARDADAM_FN void update(Values& values, float (&params)[kOwn], const float (&grads)[kOwn],
+                           const Place&, const Terms& terms, uint64) const {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      Element x{params[i], values.averages[i], values.squares[i], 0};
+      if constexpr (R::kAmsgrad) x.max_exp_avg_sq = values.largest[i];
+      shardadam::update<R::kAmsgrad, R::kNesterov, R::kL2>(x, grads[i], terms.coefficients);
+      params[i] = float(x.param);
+      values.averages[i] = float(x.exp_avg);
+      values.squares[i] = float(x.exp_avg_sq);
+      if constexpr (R::kAmsgrad) values.largest[i] = float(x.max_exp_avg_sq);
+    }
+  }
+};
+
+template <int kFlags>
+struct InBf16 : Uncoded<Bf16, kFlags> {
+  using Uncoded<Bf16, kFlags>::Uncoded;
+  using R = Rule<kFlags>;
+  using typename Uncoded<Bf16, kFlags>::Values;
+
+  SHARDADAM_FN void update(Values& values, float (&params)[kOwn], const float (&grads)[kOwn],
+                           const Place& at, const Terms& terms, uint64 random) const {
+    const Single& c = terms.single;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const float grad = effective_grad<R::kL2, true>(grads[i], params[i], c);
+      float average = decode(values.averages[i]), square = decode(values.squares[i]);
+      update_moments<true>(average, square, grad, c);
+      float largest = square;
+      if constexpr (R::kAmsgrad) largest = larger(decode(values.largest[i]), square);
+      params[i] = updated_param<R::kNesterov, true>(params[i], grads[i], grad, average, square,
+                                                    sqrtf(largest), c);
+      const uint32 bits = random_bits(random, at.lane + i);
+      values.averages[i] = Bf16::of(average);
+      values.squares[i] = {stochastic_bf16(square, bits >> 16)};
+      if constexpr (R::kAmsgrad) values.largest[i] = {bf16_up(largest)};
+    }
+  }
+};
+
+template <class Root, int kFlags>
+struct Coded {
+  using R = Rule<kFlags>;
+  using Code = typename Root::Storage;
+  int8* exp_avg;
+  Code* exp_avg_sq;
+  Code* max_exp_avg_sq;
+  uint16* exp_avg_scale;
+  uint16* exp_avg_sq_scale;
+  uint16* max_exp_avg_sq_scale;
+
+  struct Values {
+    int8 ratios[kOwn];
+    Code roots[kOwn], maxima[kOwn];
+    uint16 ratio_scale, root_scale, maximum_scale;
+  };
+
+  SHARDADAM_FN Coded(const Batch& batch, int64 start)
+      : exp_avg(static_cast<int8*>(batch.exp_avg) + start),
+        exp_avg_sq(static_cast<Code*>(batch.exp_avg_sq) + start),
+        max_exp_avg_sq(R::kAmsgrad ? static_cast<Code*>(batch.max_exp_avg_sq) + start : nullptr),
+        exp_avg_scale(batch.exp_avg_scale + start / kBlock),
+        exp_avg_sq_scale(batch.exp_avg_sq_scale + start / kBlock),
+        max_exp_avg_sq_scale(R::kAmsgrad ? batch.max_exp_avg_sq_scale + start / kBlock : nullptr) {}
+  SHARDADAM_FN bool is_aligned() const {
+    return aligned(exp_avg) && aligned(exp_avg_sq) && (!R::kAmsgrad || aligned(max_exp_avg_sq));
+  }
+  template <class Access>
+  SHARDADAM_FN void load(Access access, const Place& at, Values& values) const {
+    access.load(values.ratios, exp_avg + at.index);
+    access.load(values.roots, exp_avg_sq + at.index);
+    if constexpr (R::kAmsgrad) access.load(values.maxima, max_exp_avg_sq + at.index);
+    // A block beyond the end of the run has no scales.
+    values.ratio_scale = at.count ? exp_avg_scale[at.block] : uint16(0);
+    values.root_scale = at.count ? exp_avg_sq_scale[at.block] : uint16(0);
+    if constexpr (R::kAmsgrad)
+      values.maximum_scale = at.count ? max_exp_avg_sq_scale[at.block] : uint16(0);
+  }
+
+  // All lanes of a warp together.
+  SHARDADAM_FN void update(Values& values, float (&params)[kOwn], const float (&grads)[kOwn],
+                           const Place& at, const Terms& terms, uint64 random) const {
+    const Single& c = terms.single;
+    float roots[kOwn], ratios[kOwn], ratio_sizes[kOwn], maxima[kOwn];
+    const Ratio ratio_code(values.ratio_scale);
+    const Root root_code(values.root_scale);
+    const Root maximum_code(R::kAmsgrad ? values.maximum_scale : uint16(0));
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const float grad = effective_grad<R::kL2, true>(grads[i], params[i], c);
+      const float before = root_code.decode(values.roots[i]);
+      float average = ratio_code.decode(values.ratios[i], before), square = before * before;
+      update_moments<true>(average, square, grad, c);
+      float divisor = roots[i] = sqrtf(square);
+      ratios[i] = Ratio::of(average, roots[i]);
+      ratio_sizes[i] = size_of(ratios[i]);
+      if constexpr (R::kAmsgrad)
+        divisor = maxima[i] = larger(maximum_code.decode(values.maxima[i]), roots[i]);
+      params[i] =
+          updated_param<R::kNesterov, true>(params[i], grads[i], grad, average, square, divisor, c);
+    }
+    values.ratio_scale = Ratio::scale(largest_of_block(ratio_sizes));
+    values.root_scale = Root::scale(largest_of_block(roots));
+    code(values, ratios, roots, at, c.stalls, random);
+    if constexpr (R::kAmsgrad) {
+      values.maximum_scale = Root::scale_of_maxima(largest_of_block(maxima));
+      const Root code(values.maximum_scale);
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) values.maxima[i] = Code(code.code_of_maximum(maxima[i]));
+    }
+  }
+
+  static SHARDADAM_FN void code(Values& values, const float (&ratios)[kOwn],
+                                const float (&roots)[kOwn], const Place& at, float stalls,
+                                uint64 random) {
+    const Ratio ratio_code(values.ratio_scale);
+    const Root root_code(values.root_scale);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const uint32 bits = random_bits(random, at.lane + i);
+      values.roots[i] = Code(root_code.code(roots[i], bits >> 16));
+      values.ratios[i] = int8(ratio_code.code(ratios[i], bits & 0xffffu, stalls));
+    }
+  }
+
+  template <class Access>
+  SHARDADAM_FN void store(Access access, const Place& at, const Values& values) const {
+    access.store(exp_avg + at.index, values.ratios);
+    access.store(exp_avg_sq + at.index, values.roots);
+    if constexpr (R::kAmsgrad) access.store(max_exp_avg_sq + at.index, values.maxima);
+    if (at.lane == 0 && at.count) {
+      exp_avg_scale[at.block] = values.ratio_scale;
+      exp_avg_sq_scale[at.block] = values.root_scale;
+      if constexpr (R::kAmsgrad) max_exp_avg_sq_scale[at.block] = values.maximum_scale;
+    }
+  }
+};
+
+template <int kFormat, int kFlags>
+struct MomentsType;
+template <int kFlags>
+struct MomentsType<kStateFull, kFlags> {
+  using Type = Full<kFlags>;
+};
+template <int kFlags>
+struct MomentsType<kStateBf16, kFlags> {
+  using Type = InBf16<kFlags>;
+};
+template <int kFlags>
+struct MomentsType<kStateQ16, kFlags> {
+  using Type = Coded<Root16, kFlags>;
+};
+template <int kFlags>
+struct MomentsType<kStateQ8, kFlags> {
+  using Type = Coded<Root8, kFlags>;
+};
+
+}  // namespace shardadam
