@@ -29,11 +29,15 @@ struct Terms {
   Single single;
 };
 
-// The largest of a block's numbers, none of them negative, for each of its lanes.
-SHARDADAM_FN float largest_of_block(const float (&values)[kOwn]) {
-  float largest = values[0];
+SHARDADAM_FN float largest_of(const float (&values)[kOwn]) {
+  float largest = size_of(values[0]);
 #pragma unroll
-  for (int i = 1; i < kOwn; ++i) largest = larger(largest, values[i]);
+  for (int i = 1; i < kOwn; ++i) largest = larger(largest, size_of(values[i]));
+  return largest;
+}
+
+// The largest of what a block's lanes have, for each of them; none is negative.
+SHARDADAM_FN float largest_of_block(float largest) {
 #pragma unroll
   for (int distance = kLanesOfBlock / 2; distance > 0; distance /= 2)
     largest = larger(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
@@ -109,20 +113,40 @@ struct InBf16 : Uncoded<Bf16, kFlags> {
 
   SHARDADAM_FN void update(Values& values, float (&params)[kOwn], const float (&grads)[kOwn],
                            const Place& at, const Terms& terms, uint64 random) const {
-    const Single& c = terms.single;
+    Updated now;
+    if (!R::kL2) apply<false>(values, params, grads, terms.single, now);
+    if (R::kL2 || !needed_no_check(largest_of(now.squares), terms.single))
+      apply<true>(values, params, grads, terms.single, now);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      const float grad = effective_grad<R::kL2, true>(grads[i], params[i], c);
-      float average = decode(values.averages[i]), square = decode(values.squares[i]);
-      update_moments<true>(average, square, grad, c);
-      float largest = square;
-      if constexpr (R::kAmsgrad) largest = larger(decode(values.largest[i]), square);
-      params[i] = updated_param<R::kNesterov, true>(params[i], grads[i], grad, average, square,
-                                                    sqrtf(largest), c);
       const uint32 bits = random_bits(random, at.lane + i);
-      values.averages[i] = Bf16::of(average);
-      values.squares[i] = {stochastic_bf16(square, bits >> 16)};
-      if constexpr (R::kAmsgrad) values.largest[i] = {bf16_up(largest)};
+      params[i] = now.params[i];
+      values.averages[i] = Bf16::of(now.averages[i]);
+      values.squares[i] = {stochastic_bf16(now.squares[i], bits >> 16)};
+      if constexpr (R::kAmsgrad) values.largest[i] = {bf16_up(now.largest[i])};
+    }
+  }
+
+ private:
+  struct Updated {
+    float params[kOwn], averages[kOwn], squares[kOwn], largest[kOwn];
+  };
+
+  template <bool kChecked>
+  static SHARDADAM_FN void apply(const Values& values, const float (&params)[kOwn],
+                                 const float (&grads)[kOwn], const Single& c, Updated& now) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const float grad = effective_grad<R::kL2, kChecked>(grads[i], params[i], c);
+      float average = decode(values.averages[i]), square = decode(values.squares[i]);
+      update_moments<kChecked>(average, square, grad, c);
+      float largest = square;
+      if constexpr (R::kAmsgrad)
+        now.largest[i] = largest = larger(decode(values.largest[i]), square);
+      now.params[i] = updated_param<R::kNesterov, kChecked>(params[i], grads[i], grad, average,
+                                                            square, sqrtf(largest), c);
+      now.averages[i] = average;
+      now.squares[i] = square;
     }
   }
 };
@@ -166,52 +190,6 @@ struct Coded {
       values.maximum_scale = at.count ? max_exp_avg_sq_scale[at.block] : uint16(0);
   }
 
-  // All lanes of a warp together.
-  SHARDADAM_FN void update(Values& values, float (&params)[kOwn], const float (&grads)[kOwn],
-                           const Place& at, const Terms& terms, uint64 random) const {
-    const Single& c = terms.single;
-    float roots[kOwn], ratios[kOwn], ratio_sizes[kOwn], maxima[kOwn];
-    const Ratio ratio_code(values.ratio_scale);
-    const Root root_code(values.root_scale);
-    const Root maximum_code(R::kAmsgrad ? values.maximum_scale : uint16(0));
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const float grad = effective_grad<R::kL2, true>(grads[i], params[i], c);
-      const float before = root_code.decode(values.roots[i]);
-      float average = ratio_code.decode(values.ratios[i], before), square = before * before;
-      update_moments<true>(average, square, grad, c);
-      float divisor = roots[i] = sqrtf(square);
-      ratios[i] = Ratio::of(average, roots[i]);
-      ratio_sizes[i] = size_of(ratios[i]);
-      if constexpr (R::kAmsgrad)
-        divisor = maxima[i] = larger(maximum_code.decode(values.maxima[i]), roots[i]);
-      params[i] =
-          updated_param<R::kNesterov, true>(params[i], grads[i], grad, average, square, divisor, c);
-    }
-    values.ratio_scale = Ratio::scale(largest_of_block(ratio_sizes));
-    values.root_scale = Root::scale(largest_of_block(roots));
-    code(values, ratios, roots, at, c.stalls, random);
-    if constexpr (R::kAmsgrad) {
-      values.maximum_scale = Root::scale_of_maxima(largest_of_block(maxima));
-      const Root code(values.maximum_scale);
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) values.maxima[i] = Code(code.code_of_maximum(maxima[i]));
-    }
-  }
-
-  static SHARDADAM_FN void code(Values& values, const float (&ratios)[kOwn],
-                                const float (&roots)[kOwn], const Place& at, float stalls,
-                                uint64 random) {
-    const Ratio ratio_code(values.ratio_scale);
-    const Root root_code(values.root_scale);
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const uint32 bits = random_bits(random, at.lane + i);
-      values.roots[i] = Code(root_code.code(roots[i], bits >> 16));
-      values.ratios[i] = int8(ratio_code.code(ratios[i], bits & 0xffffu, stalls));
-    }
-  }
-
   template <class Access>
   SHARDADAM_FN void store(Access access, const Place& at, const Values& values) const {
     access.store(exp_avg + at.index, values.ratios);
@@ -221,6 +199,66 @@ struct Coded {
       exp_avg_scale[at.block] = values.ratio_scale;
       exp_avg_sq_scale[at.block] = values.root_scale;
       if constexpr (R::kAmsgrad) max_exp_avg_sq_scale[at.block] = values.maximum_scale;
+    }
+  }
+
+  // All lanes of a warp together.
+  SHARDADAM_FN void update(Values& values, float (&params)[kOwn], const float (&grads)[kOwn],
+                           const Place& at, const Terms& terms, uint64 random) const {
+    const Single& c = terms.single;
+    Updated now;
+    float largest_root = 0;
+    if constexpr (!R::kL2) {
+      apply<false>(values, params, grads, c, now);
+      largest_root = largest_of(now.roots);
+    }
+    if (R::kL2 || !needed_no_check(largest_root * largest_root, c)) {
+      apply<true>(values, params, grads, c, now);
+      largest_root = largest_of(now.roots);
+    }
+    values.ratio_scale = Ratio::scale(largest_of_block(largest_of(now.ratios)));
+    values.root_scale = Root::scale(largest_of_block(largest_root));
+    const Ratio ratio_code(values.ratio_scale);
+    const Root root_code(values.root_scale);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const uint32 bits = random_bits(random, at.lane + i);
+      params[i] = now.params[i];
+      values.roots[i] = Code(root_code.code(now.roots[i], bits >> 16));
+      values.ratios[i] = int8(ratio_code.code(now.ratios[i], bits & 0xffffu, c.stalls));
+    }
+    if constexpr (R::kAmsgrad) {
+      values.maximum_scale = Root::scale_of_maxima(largest_of_block(largest_of(now.maxima)));
+      const Root maximum_code(values.maximum_scale);
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i)
+        values.maxima[i] = Code(maximum_code.code_of_maximum(now.maxima[i]));
+    }
+  }
+
+ private:
+  struct Updated {
+    float params[kOwn], roots[kOwn], ratios[kOwn], maxima[kOwn];
+  };
+
+  template <bool kChecked>
+  static SHARDADAM_FN void apply(const Values& values, const float (&params)[kOwn],
+                                 const float (&grads)[kOwn], const Single& c, Updated& now) {
+    const Ratio ratio_code(values.ratio_scale);
+    const Root root_code(values.root_scale);
+    const Root maximum_code(R::kAmsgrad ? values.maximum_scale : uint16(0));
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const float grad = effective_grad<R::kL2, kChecked>(grads[i], params[i], c);
+      const float before = root_code.decode(values.roots[i]);
+      float average = ratio_code.decode(values.ratios[i], before), square = before * before;
+      update_moments<kChecked>(average, square, grad, c);
+      float divisor = now.roots[i] = sqrtf(square);
+      now.ratios[i] = Ratio::of(average, divisor);
+      if constexpr (R::kAmsgrad)
+        now.maxima[i] = divisor = larger(maximum_code.decode(values.maxima[i]), divisor);
+      now.params[i] = updated_param<R::kNesterov, kChecked>(params[i], grads[i], grad, average,
+                                                            square, divisor, c);
     }
   }
 };
