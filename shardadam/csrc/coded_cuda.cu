@@ -15,9 +15,11 @@ static_assert(kBlocksOfPart % kBlocksOfWarp == 0, "no warp's blocks lie in two p
 
 template <class Format, class Moments, class Grad>
 struct BlockRun {
+  // Addresses are the bucket's, which need no registers: they stay among the kernel's arguments.
   Format format;
   Moments moments;
   const Grad* grad;
+  int64 start;
   int64 numel;
   int64 first_block;
   Terms terms;
@@ -25,9 +27,10 @@ struct BlockRun {
   bool whole, grad_is_whole;  // can be loaded 16 bytes at a time
 
   SHARDADAM_FN BlockRun(const Batch& batch, int piece)
-      : format(batch.param, batch.master, batch.start[piece]),
-        moments(batch, batch.start[piece]),
+      : format(batch.param, batch.master, 0),
+        moments(batch),
         grad(static_cast<const Grad*>(batch.grads.values[piece])),
+        start(batch.start[piece]),
         numel(batch.grads.numel[piece]),
         first_block(batch.first_block[piece]) {
     Coefficients c = batch.coefficients[batch.coefficient[piece]];
@@ -37,48 +40,55 @@ struct BlockRun {
     terms = {c, single_of(c)};
     state_key = stream_key(batch.seed, c.step, kStreamState);
     param_key = stream_key(batch.seed, c.step, kStreamParam);
-    whole = format.is_aligned(0) && moments.is_aligned();
+    whole = format.is_aligned(start) && moments.is_aligned(start);
     grad_is_whole = whole && aligned(grad);
   }
 
   SHARDADAM_FN void update_block(int64 block) const {
     const uint32 lane = threadIdx.x % kLanesOfBlock * kOwn;
     const int64 index = block * kBlock + lane, left = numel - index;
-    const Place at{block, index, lane, left < 0 ? 0 : left < kOwn ? int(left) : kOwn};
-    const bool all = at.count == kOwn;
+    const int count = left < 0 ? 0 : left < kOwn ? int(left) : kOwn;
+    const Place at{start / kBlock + block, start + index, lane, count};
+    const int64 number = first_block + block;
+    const uint64 random = block_key(state_key, number);
+    const bool all = whole && count == kOwn;
     Grad given[kOwn];
     float params[kOwn], grads[kOwn];
     typename Moments::Values values;
+    typename Moments::Updated now;
+    moments.load_scales(at, values);
     if (grad_is_whole && all)
       Whole{}.load(given, grad + index);
     else
-      OneByOne{at.count}.load(given, grad + index);
-    if (whole && all)
-      load(Whole{}, at, params, values);
-    else
-      load(OneByOne{at.count}, at, params, values);
+      OneByOne{count}.load(given, grad + index);
+    if (all) {
+      format.load(Whole{}, at.index, params);
+      moments.load(Whole{}, at, values);
+    } else {
+      format.load(OneByOne{count}, at.index, params);
+      moments.load(OneByOne{count}, at, values);
+    }
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) grads[i] = decode(given[i]);
-    moments.update(values, params, grads, at, terms, block_key(state_key, first_block + block));
-    if (whole && all)
-      store(Whole{}, at, params, values);
+    moments.update(values, params, grads, at, terms, random, now);
+    // Before the codes, which wait for the whole block: it frees registers.
+    if (all)
+      store_params(Whole{}, at, number, params);
     else
-      store(OneByOne{at.count}, at, params, values);
+      store_params(OneByOne{count}, at, number, params);
+    moments.code(values, now, at, terms, random);
+    if (all)
+      moments.store(Whole{}, at, values);
+    else
+      moments.store(OneByOne{count}, at, values);
+    moments.store_scales(at, values);
   }
 
   template <class Access>
-  SHARDADAM_FN void load(Access access, const Place& at, float (&params)[kOwn],
-                         typename Moments::Values& values) const {
-    format.load(access, at.index, params);
-    moments.load(access, at, values);
-  }
-
-  template <class Access>
-  SHARDADAM_FN void store(Access access, const Place& at, const float (&params)[kOwn],
-                          const typename Moments::Values& values) const {
-    moments.store(access, at, values);
+  SHARDADAM_FN void store_params(Access access, const Place& at, int64 number,
+                                 const float (&params)[kOwn]) const {
     if constexpr (Format::kStochastic) {
-      const uint64 key = block_key(param_key, first_block + at.block);
+      const uint64 key = block_key(param_key, number);
       uint32 random[kOwn];
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) random[i] = random_bits(key, at.lane + i);
@@ -118,8 +128,11 @@ SHARDADAM_FN void update_batch_by_blocks(const Batch& batch) {
 }  // namespace shardadam
 
 #if defined(SHARDADAM_PARAM)
+// A hint: without it the compiler takes fewer registers on some architectures, and spills a few.
+constexpr int kLeastBlocks = 3;
+
 // Any grid is right, and any block of whole warps up to kThreads.
-extern "C" __global__ void __launch_bounds__(shardadam::kThreads)
+extern "C" __global__ void __launch_bounds__(shardadam::kThreads, kLeastBlocks)
     shardadam_update_blocks(const __grid_constant__ shardadam::Batch batch) {
   shardadam::update_batch_by_blocks<SHARDADAM_PARAM, SHARDADAM_STATE, SHARDADAM_GRAD,
                                     SHARDADAM_FLAGS>(batch);

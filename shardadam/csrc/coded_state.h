@@ -90,13 +90,6 @@ SHARDADAM_FN float updated_param(float param, float given, float grad, float exp
   return !kChecked || is_finite(given) ? updated : float_of(0x7fc00000u);
 }
 
-// Whether elements whose squares are now `largest_square` at most needed no check. Any gradient that
-// did, and NaN, makes a larger square. (The checks take a fifth of the time: they are left out
-// first, and the rare elements that need them are updated again.)
-SHARDADAM_FN bool needed_no_check(float largest_square, const Single& c) {
-  return largest_square <= c.forget2 * (kLargestGrad * kLargestGrad * 0.25f);
-}
-
 // ---- numbers ------------------------------------------------------------------------------------
 
 // The least bf16 that is not less than `value`, which is not negative.

@@ -1,5 +1,6 @@
-// Moments in every format that goes by blocks, as a lane of a CUDA warp reads, updates and writes
-// its part of a block. No arithmetic of the rule: that is called, in the order of coded_cpu.cpp.
+// Moments in every format that goes by blocks, as a lane of a CUDA warp reads, updates, codes and
+// writes its part of a block. No arithmetic of the rule: that is called, in the order of
+// coded_cpu.cpp.
 #pragma once
 
 #include "batch_cuda.h"
@@ -17,8 +18,8 @@ constexpr int kBlocksOfWarp = kLanes / kLanesOfBlock;
 
 // A lane's elements: kOwn of them, `count` of which exist.
 struct Place {
-  int64 block;  // of the run
-  int64 index;  // of the first, in the run
+  int64 block;  // of the bucket's shard
+  int64 index;  // of the first, in the bucket's shard
   uint32 lane;  // of the first, in the block
   int count;
 };
@@ -29,15 +30,11 @@ struct Terms {
   Single single;
 };
 
-SHARDADAM_FN float largest_of(const float (&values)[kOwn]) {
+// The largest size of a block's numbers, for each of its lanes.
+SHARDADAM_FN float largest_of_block(const float (&values)[kOwn]) {
   float largest = size_of(values[0]);
 #pragma unroll
   for (int i = 1; i < kOwn; ++i) largest = larger(largest, size_of(values[i]));
-  return largest;
-}
-
-// The largest of what a block's lanes have, for each of them; none is negative.
-SHARDADAM_FN float largest_of_block(float largest) {
 #pragma unroll
   for (int distance = kLanesOfBlock / 2; distance > 0; distance /= 2)
     largest = larger(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
@@ -62,13 +59,15 @@ struct Uncoded : Rule<kFlags> {
   struct Values {
     T averages[kOwn], squares[kOwn], largest[kOwn];
   };
+  struct Updated {};
 
-  SHARDADAM_FN Uncoded(const Batch& batch, int64 start)
-      : exp_avg(static_cast<T*>(batch.exp_avg) + start),
-        exp_avg_sq(static_cast<T*>(batch.exp_avg_sq) + start),
-        max_exp_avg_sq(kAmsgrad ? static_cast<T*>(batch.max_exp_avg_sq) + start : nullptr) {}
-  SHARDADAM_FN bool is_aligned() const {
-    return aligned(exp_avg) && aligned(exp_avg_sq) && (!kAmsgrad || aligned(max_exp_avg_sq));
+  explicit SHARDADAM_FN Uncoded(const Batch& batch)
+      : exp_avg(static_cast<T*>(batch.exp_avg)),
+        exp_avg_sq(static_cast<T*>(batch.exp_avg_sq)),
+        max_exp_avg_sq(static_cast<T*>(batch.max_exp_avg_sq)) {}
+  SHARDADAM_FN bool is_aligned(int64 index) const {
+    return aligned(exp_avg + index) && aligned(exp_avg_sq + index) &&
+           (!kAmsgrad || aligned(max_exp_avg_sq + index));
   }
   template <class Access>
   SHARDADAM_FN void load(Access access, const Place& at, Values& values) const {
@@ -82,6 +81,9 @@ struct Uncoded : Rule<kFlags> {
     access.store(exp_avg_sq + at.index, values.squares);
     if constexpr (kAmsgrad) access.store(max_exp_avg_sq + at.index, values.largest);
   }
+  SHARDADAM_FN void load_scales(const Place&, Values&) const {}
+  SHARDADAM_FN void store_scales(const Place&, const Values&) const {}
+  static SHARDADAM_FN void code(Values&, const Updated&, const Place&, const Terms&, uint64) {}
 };
 
 template <int kFlags>
@@ -89,9 +91,10 @@ struct Full : Uncoded<float, kFlags> {
   using Uncoded<float, kFlags>::Uncoded;
   using R = Rule<kFlags>;
   using typename Uncoded<float, kFlags>::Values;
+  using typename Uncoded<float, kFlags>::Updated;
 
-  SHARDADAM_FN void update(Values& values, float (&params)[kOwn], const float (&grads)[kOwn],
-                           const Place&, const Terms& terms, uint64) const {
+  static SHARDADAM_FN void update(Values& values, float (&params)[kOwn], const float (&grads)[kOwn],
+                                  const Place&, const Terms& terms, uint64, Updated&) {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       Element x{params[i], values.averages[i], values.squares[i], 0};
@@ -110,43 +113,24 @@ struct InBf16 : Uncoded<Bf16, kFlags> {
   using Uncoded<Bf16, kFlags>::Uncoded;
   using R = Rule<kFlags>;
   using typename Uncoded<Bf16, kFlags>::Values;
+  using typename Uncoded<Bf16, kFlags>::Updated;
 
-  SHARDADAM_FN void update(Values& values, float (&params)[kOwn], const float (&grads)[kOwn],
-                           const Place& at, const Terms& terms, uint64 random) const {
-    Updated now;
-    if (!R::kL2) apply<false>(values, params, grads, terms.single, now);
-    if (R::kL2 || !needed_no_check(largest_of(now.squares), terms.single))
-      apply<true>(values, params, grads, terms.single, now);
+  static SHARDADAM_FN void update(Values& values, float (&params)[kOwn], const float (&grads)[kOwn],
+                                  const Place& at, const Terms& terms, uint64 random, Updated&) {
+    const Single& c = terms.single;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      const uint32 bits = random_bits(random, at.lane + i);
-      params[i] = now.params[i];
-      values.averages[i] = Bf16::of(now.averages[i]);
-      values.squares[i] = {stochastic_bf16(now.squares[i], bits >> 16)};
-      if constexpr (R::kAmsgrad) values.largest[i] = {bf16_up(now.largest[i])};
-    }
-  }
-
- private:
-  struct Updated {
-    float params[kOwn], averages[kOwn], squares[kOwn], largest[kOwn];
-  };
-
-  template <bool kChecked>
-  static SHARDADAM_FN void apply(const Values& values, const float (&params)[kOwn],
-                                 const float (&grads)[kOwn], const Single& c, Updated& now) {
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const float grad = effective_grad<R::kL2, kChecked>(grads[i], params[i], c);
+      const float grad = effective_grad<R::kL2, true>(grads[i], params[i], c);
       float average = decode(values.averages[i]), square = decode(values.squares[i]);
-      update_moments<kChecked>(average, square, grad, c);
+      update_moments<true>(average, square, grad, c);
       float largest = square;
-      if constexpr (R::kAmsgrad)
-        now.largest[i] = largest = larger(decode(values.largest[i]), square);
-      now.params[i] = updated_param<R::kNesterov, kChecked>(params[i], grads[i], grad, average,
-                                                            square, sqrtf(largest), c);
-      now.averages[i] = average;
-      now.squares[i] = square;
+      if constexpr (R::kAmsgrad) largest = larger(decode(values.largest[i]), square);
+      params[i] = updated_param<R::kNesterov, true>(params[i], grads[i], grad, average, square,
+                                                    sqrtf(largest), c);
+      const uint32 bits = random_bits(random, at.lane + i);
+      values.averages[i] = Bf16::of(average);
+      values.squares[i] = {stochastic_bf16(square, bits >> 16)};
+      if constexpr (R::kAmsgrad) values.largest[i] = {bf16_up(largest)};
     }
   }
 };
@@ -167,23 +151,30 @@ struct Coded {
     Code roots[kOwn], maxima[kOwn];
     uint16 ratio_scale, root_scale, maximum_scale;
   };
+  // Between the update and its codes.
+  struct Updated {
+    float ratios[kOwn], roots[kOwn], maxima[kOwn];
+  };
 
-  SHARDADAM_FN Coded(const Batch& batch, int64 start)
-      : exp_avg(static_cast<int8*>(batch.exp_avg) + start),
-        exp_avg_sq(static_cast<Code*>(batch.exp_avg_sq) + start),
-        max_exp_avg_sq(R::kAmsgrad ? static_cast<Code*>(batch.max_exp_avg_sq) + start : nullptr),
-        exp_avg_scale(batch.exp_avg_scale + start / kBlock),
-        exp_avg_sq_scale(batch.exp_avg_sq_scale + start / kBlock),
-        max_exp_avg_sq_scale(R::kAmsgrad ? batch.max_exp_avg_sq_scale + start / kBlock : nullptr) {}
-  SHARDADAM_FN bool is_aligned() const {
-    return aligned(exp_avg) && aligned(exp_avg_sq) && (!R::kAmsgrad || aligned(max_exp_avg_sq));
+  explicit SHARDADAM_FN Coded(const Batch& batch)
+      : exp_avg(static_cast<int8*>(batch.exp_avg)),
+        exp_avg_sq(static_cast<Code*>(batch.exp_avg_sq)),
+        max_exp_avg_sq(static_cast<Code*>(batch.max_exp_avg_sq)),
+        exp_avg_scale(batch.exp_avg_scale),
+        exp_avg_sq_scale(batch.exp_avg_sq_scale),
+        max_exp_avg_sq_scale(batch.max_exp_avg_sq_scale) {}
+  SHARDADAM_FN bool is_aligned(int64 index) const {
+    return aligned(exp_avg + index) && aligned(exp_avg_sq + index) &&
+           (!R::kAmsgrad || aligned(max_exp_avg_sq + index));
   }
   template <class Access>
   SHARDADAM_FN void load(Access access, const Place& at, Values& values) const {
     access.load(values.ratios, exp_avg + at.index);
     access.load(values.roots, exp_avg_sq + at.index);
     if constexpr (R::kAmsgrad) access.load(values.maxima, max_exp_avg_sq + at.index);
-    // A block beyond the end of the run has no scales.
+  }
+  // A block beyond the end of the run has no scales.
+  SHARDADAM_FN void load_scales(const Place& at, Values& values) const {
     values.ratio_scale = at.count ? exp_avg_scale[at.block] : uint16(0);
     values.root_scale = at.count ? exp_avg_sq_scale[at.block] : uint16(0);
     if constexpr (R::kAmsgrad)
@@ -195,70 +186,55 @@ struct Coded {
     access.store(exp_avg + at.index, values.ratios);
     access.store(exp_avg_sq + at.index, values.roots);
     if constexpr (R::kAmsgrad) access.store(max_exp_avg_sq + at.index, values.maxima);
-    if (at.lane == 0 && at.count) {
-      exp_avg_scale[at.block] = values.ratio_scale;
-      exp_avg_sq_scale[at.block] = values.root_scale;
-      if constexpr (R::kAmsgrad) max_exp_avg_sq_scale[at.block] = values.maximum_scale;
-    }
+  }
+  SHARDADAM_FN void store_scales(const Place& at, const Values& values) const {
+    if (at.lane != 0 || !at.count) return;
+    exp_avg_scale[at.block] = values.ratio_scale;
+    exp_avg_sq_scale[at.block] = values.root_scale;
+    if constexpr (R::kAmsgrad) max_exp_avg_sq_scale[at.block] = values.maximum_scale;
   }
 
-  // All lanes of a warp together.
-  SHARDADAM_FN void update(Values& values, float (&params)[kOwn], const float (&grads)[kOwn],
-                           const Place& at, const Terms& terms, uint64 random) const {
+  static SHARDADAM_FN void update(const Values& values, float (&params)[kOwn],
+                                  const float (&grads)[kOwn], const Place&, const Terms& terms,
+                                  uint64, Updated& now) {
     const Single& c = terms.single;
-    Updated now;
-    float largest_root = 0;
-    if constexpr (!R::kL2) {
-      apply<false>(values, params, grads, c, now);
-      largest_root = largest_of(now.roots);
-    }
-    if (R::kL2 || !needed_no_check(largest_root * largest_root, c)) {
-      apply<true>(values, params, grads, c, now);
-      largest_root = largest_of(now.roots);
-    }
-    values.ratio_scale = Ratio::scale(largest_of_block(largest_of(now.ratios)));
-    values.root_scale = Root::scale(largest_of_block(largest_root));
-    const Ratio ratio_code(values.ratio_scale);
-    const Root root_code(values.root_scale);
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const uint32 bits = random_bits(random, at.lane + i);
-      params[i] = now.params[i];
-      values.roots[i] = Code(root_code.code(now.roots[i], bits >> 16));
-      values.ratios[i] = int8(ratio_code.code(now.ratios[i], bits & 0xffffu, c.stalls));
-    }
-    if constexpr (R::kAmsgrad) {
-      values.maximum_scale = Root::scale_of_maxima(largest_of_block(largest_of(now.maxima)));
-      const Root maximum_code(values.maximum_scale);
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i)
-        values.maxima[i] = Code(maximum_code.code_of_maximum(now.maxima[i]));
-    }
-  }
-
- private:
-  struct Updated {
-    float params[kOwn], roots[kOwn], ratios[kOwn], maxima[kOwn];
-  };
-
-  template <bool kChecked>
-  static SHARDADAM_FN void apply(const Values& values, const float (&params)[kOwn],
-                                 const float (&grads)[kOwn], const Single& c, Updated& now) {
     const Ratio ratio_code(values.ratio_scale);
     const Root root_code(values.root_scale);
     const Root maximum_code(R::kAmsgrad ? values.maximum_scale : uint16(0));
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      const float grad = effective_grad<R::kL2, kChecked>(grads[i], params[i], c);
+      const float grad = effective_grad<R::kL2, true>(grads[i], params[i], c);
       const float before = root_code.decode(values.roots[i]);
       float average = ratio_code.decode(values.ratios[i], before), square = before * before;
-      update_moments<kChecked>(average, square, grad, c);
+      update_moments<true>(average, square, grad, c);
       float divisor = now.roots[i] = sqrtf(square);
       now.ratios[i] = Ratio::of(average, divisor);
       if constexpr (R::kAmsgrad)
         now.maxima[i] = divisor = larger(maximum_code.decode(values.maxima[i]), divisor);
-      now.params[i] = updated_param<R::kNesterov, kChecked>(params[i], grads[i], grad, average,
-                                                            square, divisor, c);
+      params[i] =
+          updated_param<R::kNesterov, true>(params[i], grads[i], grad, average, square, divisor, c);
+    }
+  }
+
+  // All lanes of a warp together.
+  static SHARDADAM_FN void code(Values& values, const Updated& now, const Place& at,
+                                const Terms& terms, uint64 random) {
+    values.ratio_scale = Ratio::scale(largest_of_block(now.ratios));
+    values.root_scale = Root::scale(largest_of_block(now.roots));
+    const Ratio ratio_code(values.ratio_scale);
+    const Root root_code(values.root_scale);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const uint32 bits = random_bits(random, at.lane + i);
+      values.roots[i] = Code(root_code.code(now.roots[i], bits >> 16));
+      values.ratios[i] = int8(ratio_code.code(now.ratios[i], bits & 0xffffu, terms.single.stalls));
+    }
+    if constexpr (R::kAmsgrad) {
+      values.maximum_scale = Root::scale_of_maxima(largest_of_block(now.maxima));
+      const Root maximum_code(values.maximum_scale);
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i)
+        values.maxima[i] = Code(maximum_code.code_of_maximum(now.maxima[i]));
     }
   }
 };
