@@ -22,6 +22,7 @@ from kernel_runs import (
     assert_same_bits,
     coefficients,
     copy,
+    lazily_mapped,
 )
 from shardadam.kernels import Coefficients, Run, Slot, backend_for
 from shimmed_cuda import library
@@ -145,6 +146,40 @@ def test_gradients_at_the_limits(master, l2, kernels):
             TWIN.update([other])
             kernels.update([run])
             assert_same_bits(run, other)
+
+
+def test_beyond_two_to_the_31_elements(kernels, device):
+    numel = 2**31 + 1_000_003
+    tensors = {
+        "param": lazily_mapped(numel, BF16),
+        "master": lazily_mapped(numel, torch.int8),
+        "exp_avg": lazily_mapped(numel, torch.int8),
+        "exp_avg_sq": lazily_mapped(numel, torch.uint8),
+        "grad": lazily_mapped(numel, BF16),
+        "exp_avg_scale": lazily_mapped(-(-numel // BLOCK), BF16),
+        "exp_avg_sq_scale": lazily_mapped(-(-numel // BLOCK), BF16),
+    }
+    run = replace(coded_run("q8", "split8", 8, BF16), **tensors, prepared=None)
+    parts = -(-numel // 8192)
+    # Around the start, 2^31 and the end: what lies between stays unmapped.
+    chosen = [range(1), range(2**31 // 8192 - 1, 2**31 // 8192 + 1), range(parts - 1, parts)]
+    for blocks in chosen:
+        elements = slice(8192 * blocks.start, min(8192 * blocks.stop, numel))
+        in_blocks = slice(elements.start // BLOCK, -(-elements.stop // BLOCK))
+        cut = {
+            name: tensor[in_blocks if name.endswith("scale") else elements]
+            for name, tensor in tensors.items()
+        }
+        cut["grad"].copy_(gradients(len(cut["grad"]), BF16, blocks.start))
+        piece = replace(run, **cut, first_block=run.first_block + in_blocks.start, prepared=None)
+        other = replace(piece, **{name: tensor.clone() for name, tensor in cut.items()})
+        TWIN.update([other])
+        device.blocks = blocks
+        kernels.update([run])
+        for name, tensor in cut.items():
+            found, wanted = tensor, getattr(other, name)
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+        assert cut["exp_avg_sq_scale"].any()
 
 
 def test_runs_of_one_bucket_are_one_launch(kernels, device):

@@ -5,7 +5,6 @@ this can't show: cuda_on_cpu/shim.h.
 """
 
 import ctypes
-import mmap
 import random
 
 import pytest
@@ -20,6 +19,7 @@ from kernel_runs import (
     assert_same_bits,
     coefficients,
     copy,
+    lazily_mapped,
     make_run,
 )
 from shardadam.kernels import Hyperparameters, Row, Run, backend_for, exact_sum, fold
@@ -93,14 +93,6 @@ def test_every_bucket_keeps_its_launches(kernels, device):
             kernels.update(runs)
         made.append([kernels._updates_for(runs) for runs in buckets])
     assert all(first is second for first, second in zip(*made, strict=True))
-
-
-def lazily_mapped(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that take memory only where they are written."""
-    memory = mmap.mmap(
-        -1, numel * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
-    )
-    return torch.frombuffer(memory, dtype=dtype)
 
 
 @pytest.mark.parametrize("formats", [(FP32, None, FP32), (BF16, torch.int16, BF16)], ids=str)
