@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gpu import equal, figure, graph, launches, ranks, speed, steps, training
+from gpu import coded, equal, figure, graph, launches, ranks, speed, steps, training
 from gpu.report import Clock, Report, environment
 
 from shardadam.kernels import backend_for, cuda
@@ -36,13 +36,14 @@ class Section:
 
 
 SECTIONS = (
-    Section("kernels", equal.check, 75),
+    Section("kernels", equal.check, 65),
+    Section("coded kernels", coded.check, 40),
     Section("optimizers", steps.check, 25),
     Section("graph", graph.check, 15),
     Section("training", training.check, 20),
-    Section("ranks", ranks.check, 60),
+    Section("ranks", ranks.check, 50),
     Section("launches", launches.check, 10),
-    Section("speed", speed.check, 75),
+    Section("speed", speed.check, 55),
 )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from shardadam.kernels import backend_for, cpu
+from shimmed_cuda import shimmed_cuda
 
 torch.set_num_threads(1)
 
@@ -39,3 +40,19 @@ def pytest_terminal_summary(terminalreporter):
             for world_size, holds in seen.items()
         ]
         terminalreporter.write_line(f"torch.optim conformance: {', '.join(counts)}")
+
+
+@pytest.fixture
+def shim():
+    """The CUDA backend on the CPU, and what it launches on."""
+    return shimmed_cuda()
+
+
+@pytest.fixture
+def kernels(shim):
+    return shim[0]
+
+
+@pytest.fixture
+def device(shim):
+    return shim[1]

@@ -1,6 +1,7 @@
 """Runs for the tests of kernels: every format, special values, memory around them."""
 
 import itertools
+import mmap
 from dataclasses import replace
 
 import torch
@@ -112,3 +113,11 @@ def assert_same_bits(found: Run, expected: Run) -> None:
             assert right is None
         else:
             assert torch.equal(bits(left), bits(right)), name
+
+
+def lazily_mapped(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that take memory only where they are written."""
+    memory = mmap.mmap(
+        -1, numel * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+    )
+    return torch.frombuffer(memory, dtype=dtype)

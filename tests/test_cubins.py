@@ -20,6 +20,7 @@ import pytest
 import torch
 from sass import take_apart
 
+from cubin_checks import FUSED, Job, architectures, faults, ptx
 from kernel_runs import FORMATS, VARIANTS
 from shardadam.kernels import cubins, cuda_driver
 from shardadam.kernels.run import GRAD_FORMATS, PARAM_FORMATS
@@ -27,16 +28,6 @@ from shardadam.kernels.run import GRAD_FORMATS, PARAM_FORMATS
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="NVIDIA's compiler comes as a wheel for Linux"
 )
-
-# What must be under way on a multiprocessor to keep memory busy (Little's law): the loads' part,
-# 16 of 28 bytes, of 8 TB/s for 800 ns over 148 multiprocessors (B200, the most demanding).
-BYTES_UNDER_WAY = 16 / 28 * 8e12 * 800e-9 / 148
-
-
-def architectures() -> list[str]:
-    _, supported = cubins.nvrtc()
-    assert {80, 90, 100} <= set(supported)
-    return [f"sm_{arch}" for arch in supported if arch in (80, 90) or arch >= 100]
 
 
 def update_defines() -> list[tuple[tuple, tuple, dict[str, int]]]:
@@ -55,48 +46,24 @@ def update_defines() -> list[tuple[tuple, tuple, dict[str, int]]]:
     ]
 
 
-def whole_accesses(formats: tuple, amsgrad: bool) -> tuple[int, int]:
-    """Loads and stores of 16 bytes for as many elements as the kernel takes at a time."""
+def job_of(arch: str, formats: tuple, variant: tuple, defines: dict[str, int]) -> Job:
+    """With the loads and stores of 16 bytes for as many elements as the kernel takes at a time."""
     param, master, grad = formats
     moment = 8 if param == torch.float64 else 4
     smallest = min(dtype.itemsize for dtype in formats if dtype is not None)
     elements = 4 if smallest == 8 else 8
     state = [param.itemsize, *([] if master is None else [master.itemsize])]
-    state += [moment] * (3 if amsgrad else 2)
+    state += [moment] * (3 if variant[0] else 2)
     stores = sum(size * elements // 16 for size in state)
-    return stores + grad.itemsize * elements // 16, stores
-
-
-def check_update(arch: str, formats: tuple, variant: tuple, defines: dict[str, int]) -> str | None:
-    """What is wrong with a variant."""
-    cubin, log = cubins.compile_now("adam_cuda.cu", arch, defines)
-    parts = take_apart(cubin)
-    loads, stores = whole_accesses(formats, variant[0])
-    found_loads, found_stores = parts.count(r"LDG.*\.128.*"), parts.count(r"STG.*\.128.*")
-    spilled = parts.count("(LDL|STL).*")
-    under_way = parts.bytes_under_way
-    for wrong, what in (
-        (bool(log.strip()), log),
-        (
-            bool(parts.local_bytes or spilled),
-            f"{parts.local_bytes} bytes of local memory, {spilled} accesses to it",
-        ),
-        (found_loads != loads, f"{found_loads} whole loads, expected {loads}"),
-        (found_stores != stores, f"{found_stores} whole stores, expected {stores}"),
-        (under_way < BYTES_UNDER_WAY, f"{parts.registers} registers: {under_way} bytes under way"),
-    ):
-        if wrong:
-            return f"{arch} {formats} {variant}: {what}"
-    return None
+    loads = stores + grad.itemsize * elements // 16
+    name = f"{formats} {variant}"
+    return Job(arch, name, "adam_cuda.cu", defines, {16: loads, 8: 0}, {16: stores, 8: 0})
 
 
 @pytest.mark.timeout(1200)  # 624 compilations: two minutes on two idle cores
 def test_every_variant_for_every_architecture(capsys):
-    jobs = [(arch, *job) for arch in architectures() for job in update_defines()]
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    with concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool:
-        found = pool.map(check_update, *zip(*jobs, strict=True), chunksize=16)
-        wrong = [fault for fault in found if fault]
+    jobs = [job_of(arch, *job) for arch in architectures() for job in update_defines()]
+    wrong = faults(jobs)
     with capsys.disabled():
         print(f"\n{len(jobs)} variants of the CUDA update compiled and checked: ", end="")
         print(f"{len(update_defines())} for each of {', '.join(architectures())}")
@@ -114,29 +81,11 @@ def test_the_small_kernels(source):
         assert parts.registers <= 64
 
 
-def ptx(source: str, defines: dict[str, int]) -> str:
-    """As text, before the assembler expands divisions. (cuda-core asks for a driver first.)"""
-    from cuda.bindings import nvrtc
-
-    folder = cubins._SOURCES
-    _, program = nvrtc.nvrtcCreateProgram((folder / source).read_bytes(), b"", 0, [], [])
-    options = [
-        *("-arch=compute_80", "-std=c++17", "--fmad=false", f"-I{folder}"),
-        *(f"-D{name}={value}" for name, value in defines.items()),
-    ]
-    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
-    assert not int(result)
-    _, size = nvrtc.nvrtcGetPTXSize(program)
-    text = b" " * size
-    nvrtc.nvrtcGetPTX(program, text)
-    return text.decode()
-
-
 def test_nothing_is_fused():
     for _, _, defines in update_defines():
-        assert not re.search(r"\b(fma|mad)\.\w*\.?f(32|64)", ptx("adam_cuda.cu", defines))
+        assert not FUSED.search(ptx("adam_cuda.cu", defines))
     for source in ("norm_cuda.cu", "coefficients_cuda.cu"):
-        assert not re.search(r"\b(fma|mad)\.\w*\.?f(32|64)", ptx(source, {"SHARDADAM_GRAD": 0}))
+        assert not FUSED.search(ptx(source, {"SHARDADAM_GRAD": 0}))
     assert cubins._OPTIONS["fma"] is False
 
 
@@ -145,7 +94,7 @@ def test_the_check_for_fusing_finds_it(tmp_path, monkeypatch):
         'extern "C" __global__ void f(double* x) { x[0] = __fma_rn(x[1], x[2], x[3]); }'
     )
     monkeypatch.setattr(cubins, "_SOURCES", tmp_path)
-    assert re.search(r"\b(fma|mad)\.\w*\.?f(32|64)", ptx("fused.cu", {}))
+    assert FUSED.search(ptx("fused.cu", {}))
 
 
 def test_the_rule_is_nowhere_else():

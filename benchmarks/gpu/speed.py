@@ -145,7 +145,7 @@ def _case(
             dropped.append(f"{name}: {type(error).__name__}: {str(error)[:200]}")
     rows = []
     for l2 in ("cold", "warm"):
-        times = _measure(contenders, flush if l2 == "cold" else None, seconds / 2, device)
+        times = measure(contenders, flush if l2 == "cold" else None, seconds / 2, device)
         for name, milliseconds in times.items():
             low, middle, high = quartiles(milliseconds)
             moved = contenders[name].moved
@@ -243,7 +243,7 @@ def _others(
         yield name, Contender(optimizer.step, moved)
 
 
-def _measure(
+def measure(
     contenders: dict[str, Contender], flush: Tensor | None, seconds: float, device: torch.device
 ) -> dict[str, list[float]]:
     """Milliseconds on the device of every call; the contenders take turns."""

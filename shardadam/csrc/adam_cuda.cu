@@ -3,179 +3,10 @@
 // NVRTC compiles this text for each (architecture, SHARDADAM_PARAM, SHARDADAM_GRAD,
 // SHARDADAM_FLAGS) in use: numbers of the enums in formats.h. Tests compile it with the host
 // compiler too, blocks and threads as loops.
-#include "adam_update.h"
 #include "batch_cuda.h"
-#include "formats.h"
+#include "params_cuda.h"
 
 namespace shardadam {
-
-constexpr int kBytes = 16;  // of one load or store
-
-// Runs of one bucket: piece i's elements start at element start[i] of the bucket's shard, and its
-// coefficients are coefficients[coefficient[i]], read on the device: they may be written by a
-// kernel before this one, and anew between the replays of a CUDA graph. The layout is shared with
-// kernels/cuda_arguments.py.
-struct Batch {
-  Pieces grads;
-  int64 start[kPieces];
-  int coefficient[kPieces];
-  void* param;
-  void* master;
-  void* exp_avg;
-  void* exp_avg_sq;
-  void* max_exp_avg_sq;
-  const Coefficients* coefficients;
-  const float* skip;  // where it is not 0 nothing is updated; may be null
-};
-static_assert(sizeof(Batch) <= 4096, "kernel arguments");
-
-// ---- memory -------------------------------------------------------------------------------------
-
-// N elements that lie together, in accesses of 16 bytes. All of it is streamed: a step reads and
-// writes more than any cache holds, each byte once. (A hint also keeps an access whole: plain
-// assignments of doubles become two of 8 bytes.)
-template <int N, class T>
-SHARDADAM_FN void load(T (&values)[N], const T* from) {
-  if constexpr (N == 1) {
-    values[0] = *from;
-  } else {
-    constexpr int kLoads = N * sizeof(T) / kBytes;
-    uint4 words[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) words[i] = __ldcs(reinterpret_cast<const uint4*>(from) + i);
-    copy_bits(values, words);
-  }
-}
-
-template <int N, class T>
-SHARDADAM_FN void store(T* to, const T (&values)[N]) {
-  if constexpr (N == 1) {
-    *to = values[0];
-  } else {
-    constexpr int kStores = N * sizeof(T) / kBytes;
-    uint4 words[kStores];
-    copy_bits(words, values);
-#pragma unroll
-    for (int i = 0; i < kStores; ++i) __stcs(reinterpret_cast<uint4*>(to) + i, words[i]);
-  }
-}
-
-SHARDADAM_FN bool aligned(const void* pointer) {
-  return reinterpret_cast<unsigned long long>(pointer) % kBytes == 0;
-}
-
-// ---- formats ------------------------------------------------------------------------------------
-// `load` gives master weights, `store` puts them back.
-
-template <class T>
-struct Plain {
-  using Moment = T;
-  static constexpr int kSmallest = sizeof(T);  // bytes of an element of its smallest operand
-  T* param;
-
-  SHARDADAM_FN Plain(void* param, void*, int64 start) : param(static_cast<T*>(param) + start) {}
-  SHARDADAM_FN bool is_aligned(int64 index) const { return aligned(param + index); }
-  template <int N>
-  SHARDADAM_FN void load(int64 index, T (&masters)[N]) const {
-    shardadam::load(masters, param + index);
-  }
-  template <int N>
-  SHARDADAM_FN void store(int64 index, const T (&masters)[N]) const {
-    shardadam::store(param + index, masters);
-  }
-};
-
-struct Bf16Split {
-  using Moment = float;
-  static constexpr int kSmallest = 2;
-  uint16* param;
-  int16* remainder;
-
-  SHARDADAM_FN Bf16Split(void* param, void* master, int64 start)
-      : param(static_cast<uint16*>(param) + start),
-        remainder(static_cast<int16*>(master) + start) {}
-  SHARDADAM_FN bool is_aligned(int64 index) const {
-    return aligned(param + index) && aligned(remainder + index);
-  }
-  template <int N>
-  SHARDADAM_FN void load(int64 index, float (&masters)[N]) const {
-    uint16 high[N];
-    int16 low[N];
-    shardadam::load(high, param + index);
-    shardadam::load(low, remainder + index);
-#pragma unroll
-    for (int i = 0; i < N; ++i) masters[i] = master_of({high[i], low[i]});
-  }
-  template <int N>
-  SHARDADAM_FN void store(int64 index, const float (&masters)[N]) const {
-    uint16 high[N];
-    int16 low[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const Split split = split_of(masters[i]);
-      high[i] = split.param;
-      low[i] = split.remainder;
-    }
-    shardadam::store(param + index, high);
-    shardadam::store(remainder + index, low);
-  }
-};
-
-// A param of type Half (Bf16, Fp16) beside an fp32 copy.
-template <class Half>
-struct WithMaster {
-  using Moment = float;
-  static constexpr int kSmallest = 2;
-  Half* param;
-  float* master;
-
-  SHARDADAM_FN WithMaster(void* param, void* master, int64 start)
-      : param(static_cast<Half*>(param) + start), master(static_cast<float*>(master) + start) {}
-  SHARDADAM_FN bool is_aligned(int64 index) const {
-    return aligned(param + index) && aligned(master + index);
-  }
-  template <int N>
-  SHARDADAM_FN void load(int64 index, float (&masters)[N]) const {
-    Half rounded[N];
-    shardadam::load(rounded, param + index);
-    shardadam::load(masters, master + index);
-#pragma unroll
-    for (int i = 0; i < N; ++i) masters[i] = current_master(masters[i], rounded[i]);
-  }
-  template <int N>
-  SHARDADAM_FN void store(int64 index, const float (&masters)[N]) const {
-    Half rounded[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) rounded[i] = Half::of(masters[i]);
-    shardadam::store(param + index, rounded);
-    shardadam::store(master + index, masters);
-  }
-};
-
-template <int kFormat>
-struct ParamType;
-template <>
-struct ParamType<kFloat32> {
-  using Type = Plain<float>;
-};
-template <>
-struct ParamType<kFloat64> {
-  using Type = Plain<double>;
-};
-template <>
-struct ParamType<kBf16Split> {
-  using Type = Bf16Split;
-};
-template <>
-struct ParamType<kBf16Master> {
-  using Type = WithMaster<Bf16>;
-};
-template <>
-struct ParamType<kFp16Master> {
-  using Type = WithMaster<Fp16>;
-};
-
-// ---- the loops ----------------------------------------------------------------------------------
 
 template <class Format, class Grad, int kFlags>
 struct Run {
@@ -219,16 +50,15 @@ struct Run {
   SHARDADAM_FN void update(int64 index, bool grad_is_aligned, const Coefficients& c) const {
     Grad grads[N];
     Moment masters[N], averages[N], squares[N], largest[N];
-    if (grad_is_aligned) {
-      load(grads, grad + index);
-    } else {
-#pragma unroll
-      for (int i = 0; i < N; ++i) grads[i] = grad[index + i];
-    }
-    format.load(index, masters);
-    load(averages, exp_avg + index);
-    load(squares, exp_avg_sq + index);
-    if constexpr (kAmsgrad) load(largest, max_exp_avg_sq + index);
+    const Whole whole;
+    if (grad_is_aligned)
+      whole.load(grads, grad + index);
+    else
+      OneByOne{N}.load(grads, grad + index);
+    format.load(whole, index, masters);
+    whole.load(averages, exp_avg + index);
+    whole.load(squares, exp_avg_sq + index);
+    if constexpr (kAmsgrad) whole.load(largest, max_exp_avg_sq + index);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       Element x{masters[i], averages[i], squares[i], 0};
@@ -239,10 +69,10 @@ struct Run {
       squares[i] = Moment(x.exp_avg_sq);
       if constexpr (kAmsgrad) largest[i] = Moment(x.max_exp_avg_sq);
     }
-    format.store(index, masters);
-    store(exp_avg + index, averages);
-    store(exp_avg_sq + index, squares);
-    if constexpr (kAmsgrad) store(max_exp_avg_sq + index, largest);
+    format.store(whole, index, masters);
+    whole.store(exp_avg + index, averages);
+    whole.store(exp_avg_sq + index, squares);
+    if constexpr (kAmsgrad) whole.store(max_exp_avg_sq + index, largest);
   }
 
   // This thread's share of part `part` of `parts`: vectors of the part, and of the single elements

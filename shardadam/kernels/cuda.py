@@ -31,7 +31,8 @@ from shardadam.kernels.cuda_arguments import (
     row_of,
 )
 from shardadam.kernels.cuda_driver import Kernel, Kernels, Launch
-from shardadam.kernels.run import GRAD_FORMATS, Run, Slot, in_memory_order
+from shardadam.kernels.random_bits import BLOCK
+from shardadam.kernels.run import CODED, GRAD_FORMATS, Run, Slot, in_memory_order
 
 _KEPT = 256  # lists of launches: of buckets, and of what of them has gradients
 
@@ -123,12 +124,15 @@ class Cuda:
     def _prepare(self, run: Run) -> _Prepared:
         self._check(run)
         grad_format = GRAD_FORMATS.get(run.grad.dtype)
-        doubles = [run.param.dtype is torch.float64, run.grad.dtype is torch.float64]
+        doubles = {
+            tensor.dtype is torch.float64
+            for tensor in (run.param, run.grad, run.exp_avg, run.exp_avg_sq)
+        }
         if (
             run.param_format is None
+            or run.state_format is None
             or grad_format is None
-            or run.by_blocks
-            or any(doubles) != all(doubles)
+            or len(doubles) > 1
         ):
             raise ValueError(run.no_kernel)
         nesterov, l2 = _terms(run.coefficients)
@@ -138,36 +142,44 @@ class Cuda:
             "SHARDADAM_GRAD": grad_format,
             "SHARDADAM_FLAGS": flags,
         }
-        kernel = self._kernels.get("adam_cuda.cu", "shardadam_update", codes)
-        # The bucket's tensors: they all start at the same element of the shard.
+        if run.by_blocks:
+            codes["SHARDADAM_STATE"] = run.state_format
+            kernel = self._kernels.get("coded_cuda.cu", "shardadam_update_blocks", codes)
+        else:
+            kernel = self._kernels.get("adam_cuda.cu", "shardadam_update", codes)
+        # The bucket's tensors: they all start at the same element of the shard, scales at its
+        # block.
         start = int(run.exp_avg.storage_offset())
         bases = tuple(
-            0 if tensor is None else int(tensor.data_ptr()) - start * tensor.element_size()
-            for tensor in (run.param, run.master, run.exp_avg, run.exp_avg_sq, run.max_exp_avg_sq)
+            0 if tensor is None else int(tensor.data_ptr()) - first * tensor.element_size()
+            for first, tensors in ((start, _elements(run)), (start // BLOCK, _scales(run)))
+            for tensor in tensors.values()
         )
         return _Prepared(kernel, run.grad.dtype, (nesterov, l2), start, bases)
 
     def _check(self, run: Run) -> None:
-        kept = {
-            "param": run.param,
-            "exp_avg": run.exp_avg,
-            "exp_avg_sq": run.exp_avg_sq,
-            "max_exp_avg_sq": run.max_exp_avg_sq,
-            "master": run.master,
-            "grad": in_memory_order(run.grad),
-        }
-        for name, tensor in kept.items():
-            if tensor is None:
-                continue
-            if tensor.device != self._kernels.device:
-                raise ValueError(
-                    f"{name} of a run is on {tensor.device}: expected {self._kernels.device}"
-                )
-            if not tensor.is_contiguous() or tensor.numel() != run.param.numel():
-                raise ValueError(
-                    f"{name} of a run has shape {tuple(tensor.shape)} and strides "
-                    f"{tensor.stride()}: expected {run.param.numel()} contiguous elements"
-                )
+        numel = run.param.numel()
+        for name, tensor in (*_elements(run).items(), ("grad", in_memory_order(run.grad))):
+            if tensor is not None:
+                self._check_tensor(name, tensor, numel)
+        for name, tensor in _scales(run).items():
+            if tensor is not None:
+                self._check_tensor(name, tensor, -(-numel // BLOCK))
+            elif run.state_format in CODED and (
+                run.max_exp_avg_sq is not None or "max" not in name
+            ):
+                raise ValueError(f"a run with coded state has no {name}")
+
+    def _check_tensor(self, name: str, tensor: Tensor, numel: int) -> None:
+        if tensor.device != self._kernels.device:
+            raise ValueError(
+                f"{name} of a run is on {tensor.device}: expected {self._kernels.device}"
+            )
+        if not tensor.is_contiguous() or tensor.numel() != numel:
+            raise ValueError(
+                f"{name} of a run has shape {tuple(tensor.shape)} and strides "
+                f"{tensor.stride()}: expected {numel} contiguous elements"
+            )
 
     def _updates_for(self, runs: Sequence[Run]) -> list[_Update]:
         """The launches for ``runs``, a bucket's: the last step's, where these are the same."""
@@ -184,7 +196,7 @@ class Cuda:
         for run, slot in zip(runs, slots, strict=True):
             if run.param.numel():
                 prepared = run.prepared
-                key = (id(prepared.kernel), prepared.bases, slot.table.data_ptr())
+                key = (id(prepared.kernel), prepared.bases, slot.table.data_ptr(), run.seed)
                 groups.setdefault(key, []).append((run, slot))
         updates = [
             _update_of(group[first : first + PIECES])
@@ -268,13 +280,28 @@ def _terms(coefficients: Coefficients | Slot) -> tuple[bool, bool]:
     return coefficients.grad_to_update != 0, coefficients.l2 != 0
 
 
+def _elements(run: Run) -> dict[str, Tensor | None]:
+    """The tensors of a run that stay and are as long as it, in the order of `Batch`."""
+    names = ("param", "master", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    return {name: getattr(run, name) for name in names}
+
+
+def _scales(run: Run) -> dict[str, Tensor | None]:
+    """Those with a number for every block, in the order of `Batch`."""
+    names = ("exp_avg_scale", "exp_avg_sq_scale", "max_exp_avg_sq_scale")
+    return {name: getattr(run, name) for name in names}
+
+
 def _update_of(members: Sequence[tuple[Run, Slot]]) -> _Update:
     runs = [run for run, _ in members]
     batch = Batch()
     parts = batch.grads.fill([run.param.numel() for run in runs])
     batch.start[: len(runs)] = [run.prepared.start for run in runs]
+    batch.first_block[: len(runs)] = [run.first_block for run in runs]
     batch.coefficient[: len(runs)] = [slot.index for _, slot in members]
     first: _Prepared = runs[0].prepared
-    batch.param, batch.master, batch.exp_avg, batch.exp_avg_sq, batch.max_exp_avg_sq = first.bases
+    for name, base in zip((*_elements(runs[0]), *_scales(runs[0])), first.bases, strict=True):
+        setattr(batch, name, base)
     batch.coefficients = members[0][1].table.data_ptr()
+    batch.seed = runs[0].seed
     return _Update(first.kernel, runs, batch, parts)

@@ -1,6 +1,6 @@
 """The arguments of the CUDA kernels: structs that a launch copies.
 
-Layouts and numbers are those of csrc/batch_cuda.h, csrc/adam_cuda.cu and csrc/coefficients_cuda.cu.
+Layouts and numbers are those of csrc/batch_cuda.h and csrc/coefficients_cuda.cu.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ from torch import Tensor
 from shardadam.kernels.coefficients import Hyperparameters
 
 THREADS = 128
-PIECES = 120
+PIECES = 96
 ROWS = 24
 _PART = 8192
 AMSGRAD, NESTEROV, L2 = 1, 2, 4  # enum Flags of csrc/formats.h
@@ -62,19 +62,24 @@ class Pieces(ctypes.Structure):
 
 
 class Batch(ctypes.Structure):
-    """What shardadam_update takes."""
+    """What shardadam_update and shardadam_update_blocks take."""
 
     _fields_ = [
         ("grads", Pieces),
         ("start", ctypes.c_int64 * PIECES),
+        ("first_block", ctypes.c_int64 * PIECES),
         ("coefficient", ctypes.c_int32 * PIECES),
         ("param", ctypes.c_void_p),
         ("master", ctypes.c_void_p),
         ("exp_avg", ctypes.c_void_p),
         ("exp_avg_sq", ctypes.c_void_p),
         ("max_exp_avg_sq", ctypes.c_void_p),
+        ("exp_avg_scale", ctypes.c_void_p),
+        ("exp_avg_sq_scale", ctypes.c_void_p),
+        ("max_exp_avg_sq_scale", ctypes.c_void_p),
         ("coefficients", ctypes.c_void_p),
         ("skip", ctypes.c_void_p),
+        ("seed", ctypes.c_int64),
     ]
 
 

@@ -41,6 +41,7 @@ STATE_FORMATS = {
     (torch.int8, torch.int16): 2,
     (torch.int8, torch.uint8): 3,
 }
+CODED = (2, 3)  # of them, those with scales
 GRAD_FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 _NO_GRAD = torch.empty(0)

@@ -1,47 +1,29 @@
-// The .cu files themselves, every variant, behind entry points for ctypes. Compiled with
-// `-include shim.h`.
+// The .cu files themselves but for coded_cuda.cu, every variant, behind entry points for ctypes.
+// Compiled with `-include shim.h`.
 #include "adam_cuda.cu"
 #include "coefficients_cuda.cu"
 #include "norm_cuda.cu"
+#include "variants.h"
 
 using namespace shardadam;
 
 namespace {
 
-using Update = void (*)(const Batch&);
-
 template <int kParam, int kGrad>
 Update pick_flags(int flags) {
-  switch (flags) {
-    case 0: return update_batch<kParam, kGrad, 0>;
-    case 1: return update_batch<kParam, kGrad, 1>;
-    case 2: return update_batch<kParam, kGrad, 2>;
-    case 4: return update_batch<kParam, kGrad, 4>;
-    case 5: return update_batch<kParam, kGrad, 5>;
-    case 6: return update_batch<kParam, kGrad, 6>;
-    default: return nullptr;
-  }
-}
-
-template <int kParam>
-Update pick_grad(int grad, int flags) {
-  switch (grad) {
-    case kGradFloat32: return pick_flags<kParam, kGradFloat32>(flags);
-    case kGradBf16: return pick_flags<kParam, kGradBf16>(flags);
-    case kGradFp16: return pick_flags<kParam, kGradFp16>(flags);
-    default: return nullptr;
-  }
+  return choose_flags(flags, [](auto flags) -> Update {
+    return update_batch<kParam, kGrad, decltype(flags)::value>;
+  });
 }
 
 Update pick(int param, int grad, int flags) {
-  switch (param) {
-    case kFloat32: return pick_grad<kFloat32>(grad, flags);
-    case kFloat64: return pick_flags<kFloat64, kGradFloat64>(flags);
-    case kBf16Split: return pick_grad<kBf16Split>(grad, flags);
-    case kBf16Master: return pick_grad<kBf16Master>(grad, flags);
-    case kFp16Master: return pick_grad<kFp16Master>(grad, flags);
-    default: return nullptr;
-  }
+  if (param == kFloat64)
+    return grad == kGradFloat64 ? pick_flags<kFloat64, kGradFloat64>(flags) : nullptr;
+  return choose<kFloat32, kBf16Split, kBf16Master, kFp16Master>(param, [&](auto param) {
+    return choose<kGradFloat32, kGradBf16, kGradFp16>(grad, [&](auto grad) {
+      return pick_flags<decltype(param)::value, decltype(grad)::value>(flags);
+    });
+  });
 }
 
 }  // namespace
@@ -60,7 +42,7 @@ extern "C" int sum(int grad, const Pieces* pieces, unsigned long long* words, un
                       : grad == kGradFloat64 ? sum_squares<kGradFloat64>
                       : grad == kGradBf16    ? sum_squares<kGradBf16>
                                              : sum_squares<kGradFp16>;
-  shim::launch_together(blocks, kThreads, [&] { kernel(*pieces, words); });
+  shim::launch_together(0, blocks, blocks, kThreads, [&] { kernel(*pieces, words); });
   return 0;
 }
 

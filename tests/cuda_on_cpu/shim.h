@@ -1,6 +1,11 @@
 // CUDA for the host compiler: blocks one after the other, a block's threads as coroutines that take
-// turns where they wait for each other. What it can't show: races between warps that need no
-// barrier here, what the hardware makes of unaligned vectors, and anything about speed.
+// turns where they wait for each other. A shuffle or barrier that a thread of the warp (or block)
+// does not come to, or comes to where the others are at another one, ends the process; so does an
+// unaligned vector.
+//
+// What it can't show: races between warps that need no barrier here, since threads change only
+// where they wait; shuffles among a part of a warp, since every lane must take part here; whether
+// the compiler keeps a warp together where the text does; and anything about speed.
 #pragma once
 
 #include <ucontext.h>
@@ -8,6 +13,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -19,19 +25,32 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-// An unaligned vector is a fault on a GPU.
-inline void check_aligned(const void* at) {
-  if (reinterpret_cast<uintptr_t>(at) % 16) abort();
+
+namespace shim {
+[[noreturn]] inline void die(const char* why) {
+  fprintf(stderr, "a GPU would not do this: %s\n", why);
+  abort();
 }
-inline uint4 __ldcs(const uint4* from) {
-  check_aligned(from);
+template <class Vector>
+void check_aligned(const Vector* at) {
+  if (reinterpret_cast<uintptr_t>(at) % sizeof(Vector)) die("an unaligned vector");
+}
+}  // namespace shim
+
+template <class Vector>
+Vector __ldcs(const Vector* from) {
+  shim::check_aligned(from);
   return *from;
 }
-inline void __stcs(uint4* to, uint4 words) {
-  check_aligned(to);
+template <class Vector>
+void __stcs(Vector* to, Vector words) {
+  shim::check_aligned(to);
   *to = words;
 }
 
@@ -51,14 +70,27 @@ struct Thread {
 };
 inline std::vector<Thread> threads;
 inline ucontext_t scheduler;
-inline std::vector<int> waiting;  // threads at the barrier, per warp, and of the block last
-inline std::vector<unsigned long> opened;  // how often each barrier has opened
-inline std::vector<double> lanes;          // what each thread gave to a shuffle
+
+// Where threads of a warp, or of a block, wait for each other.
+struct Barrier {
+  int waiting = 0;
+  unsigned long opened = 0;  // how often
+  int purpose = 0;           // of those who wait
+};
+inline std::vector<Barrier> barriers;  // of the warps, and of the block last
+
+union Given {
+  double number;
+  float single;
+};
+inline std::vector<Given> lanes;  // what each thread gave to a shuffle
+inline unsigned long progress;    // barriers that opened, threads that ended
 inline const std::function<void()>* body;
 
 inline void run_thread() {
   (*body)();
   threads[threadIdx.x].done = true;
+  ++progress;
 }
 
 inline void yield() {
@@ -67,17 +99,23 @@ inline void yield() {
   threadIdx.x = self;
 }
 
-inline void wait_at(size_t barrier, int expected) {
-  const unsigned long before = opened[barrier];
-  if (++waiting[barrier] == expected) {
-    waiting[barrier] = 0;
-    ++opened[barrier];
+// `purpose` tells operations apart: threads that wait together must wait for the same one.
+inline void wait_at(size_t index, int expected, int purpose) {
+  Barrier& barrier = barriers[index];
+  const unsigned long before = barrier.opened;
+  if (barrier.waiting == 0) barrier.purpose = purpose;
+  if (barrier.purpose != purpose) die("threads of a warp at different operations");
+  if (++barrier.waiting == expected) {
+    barrier.waiting = 0;
+    ++barrier.opened;
+    ++progress;
   }
-  while (opened[barrier] == before) yield();
+  while (barrier.opened == before) yield();
 }
 
-inline void wait_for_warp() { wait_at(threadIdx.x / kLanes, kLanes); }
-inline void wait_for_block() { wait_at(waiting.size() - 1, int(blockDim.x)); }
+constexpr int kBarrier = 0, kShuffle = 1;
+inline void wait_for_warp(int purpose) { wait_at(threadIdx.x / kLanes, kLanes, purpose); }
+inline void wait_for_block() { wait_at(barriers.size() - 1, int(blockDim.x), kBarrier); }
 
 // A kernel whose threads never wait for each other.
 inline void launch(int64_t first_block, int64_t last_block, unsigned blocks, unsigned block_threads,
@@ -90,53 +128,73 @@ inline void launch(int64_t first_block, int64_t last_block, unsigned blocks, uns
   }
 }
 
-inline void launch_together(unsigned blocks, unsigned block_threads,
-                            const std::function<void()>& kernel) {
-  gridDim.x = blocks;
-  blockDim.x = block_threads;
-  body = &kernel;
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-    threads = std::vector<Thread>(block_threads);
-    waiting.assign(block_threads / kLanes + 1, 0);
-    opened.assign(block_threads / kLanes + 1, 0);
-    lanes.assign(block_threads, 0);
-    for (Thread& thread : threads) {
-      getcontext(&thread.context);
-      thread.stack.resize(64 << 10);
-      thread.context.uc_stack.ss_sp = thread.stack.data();
-      thread.context.uc_stack.ss_size = thread.stack.size();
-      thread.context.uc_link = &scheduler;
-      makecontext(&thread.context, run_thread, 0);
-    }
-    for (bool any = true; any;) {
-      any = false;
-      for (unsigned id = 0; id < block_threads; ++id)
-        if (!threads[id].done) {
-          threadIdx.x = id;
-          swapcontext(&scheduler, &threads[id].context);
-          any = true;
-        }
-    }
+inline void run_block(unsigned block_threads) {
+  for (Thread& thread : threads) {
+    getcontext(&thread.context);
+    thread.stack.resize(64 << 10);
+    thread.context.uc_stack.ss_sp = thread.stack.data();
+    thread.context.uc_stack.ss_size = thread.stack.size();
+    thread.context.uc_link = &scheduler;
+    thread.done = false;
+    makecontext(&thread.context, run_thread, 0);
+  }
+  // In its first turn a thread comes to a barrier; if then nobody gets past one, nobody ever will.
+  for (int idle = 0, left = int(block_threads); left > 0;) {
+    const unsigned long before = progress;
+    for (unsigned id = 0; id < block_threads; ++id)
+      if (!threads[id].done) {
+        threadIdx.x = id;
+        swapcontext(&scheduler, &threads[id].context);
+        left -= threads[id].done;
+      }
+    idle = progress == before ? idle + 1 : 0;
+    if (idle > 1) die("a thread waits for ever");
   }
 }
 
-inline double shuffle(double value, unsigned from) {
+inline void launch_together(int64_t first_block, int64_t last_block, unsigned blocks,
+                            unsigned block_threads, const std::function<void()>& kernel) {
+  gridDim.x = blocks;
+  blockDim.x = block_threads;
+  body = &kernel;
+  threads.resize(block_threads);
+  for (int64_t block = first_block; block < last_block; ++block) {
+    blockIdx.x = unsigned(block);
+    barriers.assign((block_threads + kLanes - 1) / kLanes + 1, Barrier{});
+    lanes.assign(block_threads, Given{});
+    run_block(block_threads);
+  }
+}
+
+template <class T>
+T shuffle(T Given::* type, T value, unsigned from, int purpose) {
   const unsigned warp = threadIdx.x / kLanes * kLanes;
-  lanes[threadIdx.x] = value;
-  wait_for_warp();
-  const double other = lanes[warp + (from < kLanes ? from : threadIdx.x % kLanes)];
-  wait_for_warp();
+  lanes[threadIdx.x].*type = value;
+  wait_for_warp(purpose);
+  const T other = lanes[warp + (from < kLanes ? from : threadIdx.x % kLanes)].*type;
+  wait_for_warp(purpose);
   return other;
+}
+inline void check_mask(unsigned mask) {
+  if (mask != 0xffffffffu) die("this shim shuffles whole warps only");
 }
 
 }  // namespace shim
 
-inline void __syncwarp() { shim::wait_for_warp(); }
+inline void __syncwarp() { shim::wait_for_warp(shim::kBarrier); }
 inline void __syncthreads() { shim::wait_for_block(); }
-inline double __shfl_down_sync(unsigned, double value, unsigned distance) {
-  return shim::shuffle(value, threadIdx.x % shim::kLanes + distance);
+inline double __shfl_down_sync(unsigned mask, double value, unsigned distance) {
+  shim::check_mask(mask);
+  return shim::shuffle(&shim::Given::number, value, threadIdx.x % shim::kLanes + distance,
+                       shim::kShuffle + int(distance));
 }
-inline double __shfl_sync(unsigned, double value, unsigned lane) {
-  return shim::shuffle(value, lane);
+inline double __shfl_sync(unsigned mask, double value, unsigned lane) {
+  shim::check_mask(mask);
+  return shim::shuffle(&shim::Given::number, value, lane, shim::kShuffle);
+}
+inline float __shfl_xor_sync(unsigned mask, float value, unsigned lanes) {
+  shim::check_mask(mask);
+  return shim::shuffle(&shim::Given::single, value, threadIdx.x % shim::kLanes ^ lanes,
+                       shim::kShuffle + int(shim::kLanes + lanes));
 }
 inline void atomicAdd(unsigned long long* to, unsigned long long value) { *to += value; }
