@@ -40,6 +40,26 @@ def on_shim(monkeypatch):
     ids=str,
 )
 def test_training_equals_the_cpu_backend(cls, options, dtype, on_shim):
+    trains_as_the_cpu_backend(cls, options, dtype, on_shim)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "dtype"),
+    [
+        (shardadam.AdamW, {"memory": "lean", "max_grad_norm": 0.05}, BF16),
+        (shardadam.AdamW, {"memory": "leanest", "bucket_bytes": 4096}, BF16),
+        (shardadam.Adam, {"memory": "leanest", "amsgrad": True, "weight_decay": 0.1}, BF16),
+        (shardadam.NAdam, {"state": "bf16", "master": "none"}, BF16),
+        (shardadam.AdamW, {"state": "q16"}, FP32),
+        (shardadam.AdamW, {"state": "q8"}, torch.float16),
+    ],
+    ids=str,
+)
+def test_training_with_coded_state_equals_the_cpu_backend(cls, options, dtype, on_shim):
+    trains_as_the_cpu_backend(cls, options, dtype, on_shim)
+
+
+def trains_as_the_cpu_backend(cls, options, dtype, on_shim):
     ours, theirs = mlp(dtype), mlp(dtype)
     device = on_shim(cls, ours.parameters(), **options)
     host = cls(theirs.parameters(), **options)
@@ -98,6 +118,7 @@ def test_a_step_waits_for_nothing(on_shim, monkeypatch):
     for cls, options in (
         (shardadam.AdamW, {"max_grad_norm": 0.02}),
         (shardadam.NAdam, {"lr": torch.tensor(1e-3)}),
+        (shardadam.AdamW, {"state": "q16"}),
     ):
         model = mlp()
         optimizer = on_shim(cls, model.parameters(), **options)
