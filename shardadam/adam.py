@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -52,6 +53,9 @@ _ARGUMENTS = """
             bfloat16 param alone, stochastically rounded.
         memory: names for a state and a master: "full" is the default, "lean" is "q16" and "split",
             "leanest" is "q8" and "split8".
+        offload: a directory (a pathlib.Path, which may be another on each rank) for a file that
+            holds the state in place of this rank's memory, see docs/offload.md. The same bits. The
+            file goes with the process: what is to be kept is saved as ever, in checkpoints.
         bucket_bytes: params are packed into buckets of about this many bytes: the unit of
             communication, and of the memory in transit.
         seed: of the random bits of stochastic rounding, which depend on it, the step and the place
@@ -60,6 +64,7 @@ _ARGUMENTS = """
     Raises:
         ValueError: a hyperparameter out of range, in torch's words; params that can't be optimized,
             or that differ between ranks, by name.
+        OSError: ``offload`` has no room for the state; on other ranks RuntimeError.
     """
 
 
@@ -97,6 +102,7 @@ class Adam(_AdamRule, torch.optim.Adam):
         state: State = "fp32",
         master: Master = "auto",
         memory: Memory | None = None,
+        offload: os.PathLike[str] | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         seed: int = 0,
     ) -> None:
@@ -107,6 +113,7 @@ class Adam(_AdamRule, torch.optim.Adam):
             update_in_backward,
             max_grad_norm,
             *formats(memory, state, master),
+            offload,
             bucket_bytes,
             seed,
         )
@@ -153,6 +160,7 @@ class AdamW(_AdamRule, torch.optim.AdamW):
         state: State = "fp32",
         master: Master = "auto",
         memory: Memory | None = None,
+        offload: os.PathLike[str] | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         seed: int = 0,
     ) -> None:
@@ -163,6 +171,7 @@ class AdamW(_AdamRule, torch.optim.AdamW):
             update_in_backward,
             max_grad_norm,
             *formats(memory, state, master),
+            offload,
             bucket_bytes,
             seed,
         )
@@ -209,6 +218,7 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
         state: State = "fp32",
         master: Master = "auto",
         memory: Memory | None = None,
+        offload: os.PathLike[str] | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         seed: int = 0,
     ) -> None:
@@ -219,6 +229,7 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
             update_in_backward,
             max_grad_norm,
             *formats(memory, state, master),
+            offload,
             bucket_bytes,
             seed,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -51,6 +52,7 @@ class Options:
     max_grad_norm: float | None
     state: State
     master: Master
+    offload: os.PathLike[str] | None
     bucket_bytes: int
     seed: int
 
@@ -71,6 +73,12 @@ class Options:
             )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"Invalid max_grad_norm: {self.max_grad_norm}, expected more than 0")
+        if not isinstance(self.offload, os.PathLike | None):
+            raise ValueError(
+                f"Invalid offload: {self.offload!r}, expected None or a directory as a pathlib.Path"
+            )
+        if self.offload is not None and not hasattr(os, "posix_fallocate"):
+            raise ValueError("offload: this system can't reserve space in a file, expected Linux")
         if self.bucket_bytes <= 0:
             raise ValueError(f"Invalid bucket_bytes: {self.bucket_bytes}, expected more than 0")
         if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
@@ -87,9 +95,11 @@ class Options:
         return f"state={self.state!r}, master={self.master!r}"
 
     def lines(self) -> list[str]:
-        """What must be equal on every rank, a line each."""
-        names = [field.name for field in fields(self) if field.name != "process_group"]
-        return [f"{name}={getattr(self, name)!r}" for name in names]
+        """What must be equal on every rank, a line each; its directory may be a rank's own."""
+        own = ("process_group", "offload")
+        names = [field.name for field in fields(self) if field.name not in own]
+        lines = [f"{name}={getattr(self, name)!r}" for name in names]
+        return [*lines, "offload=None" if self.offload is None else "offload to a directory"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Options:
         """Shared by copies: a process group can't be copied, and need not be."""
