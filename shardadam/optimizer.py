@@ -63,7 +63,7 @@ class ShardedOptimizer(ShardedState):
         self._updater: Updater = InPlace(self._backend)
         if options.offload is not None:
             self._memory = StateFile(Path(options.offload), self._communicator.rank)
-            self._updater = Streamed(self._memory, self._backend)
+            self._updater = Streamed(self._memory, backend_for(device, threads=1))
         early = options.update_in_backward
         shard_grads = options.shard_grads or early
         self._reducer = GradReducer(self._communicator, options.grad_sync, shard_grads)

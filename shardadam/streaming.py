@@ -1,23 +1,24 @@
-"""Updates of state that lives in a file: read ahead, updated, written behind.
+"""Updates of state that lives in a file: read, updated, written back.
 
 [Note: windows]
 
 A bucket's shard is updated window by window: a window has as many elements as have room for their
-state in a *slot*, memory of a fixed size that is used again and again. Each slot goes round:
+state in a *slot*, memory of a fixed size that is used again and again. Each thread has a slot, and
+takes every window through it; while one waits for the disk, another updates:
 
-    slot 0   | update 0 | write 0, read 3      | update 3 | write 3, read 6 …
-    slot 1   |          | update 1 | write 1, read 4      | update 4 | …
-    slot 2   |                     | update 2 | write 2, read 5      | update 5 …
+    thread 0, slot 0   | read 0 | update 0 | write 0 | read 2 | update 2 | write 2 | read 4 …
+    thread 1, slot 1   | read 1 | update 1 | write 1 | read 3 | update 3 | write 3 | read 5 …
 
-The updates are made one after the other by the kernel's threads, writes and reads by threads of
-their own. So what a step needs in memory is the slots, however large a model or one param of it is.
-Windows begin at multiples of ALIGNMENT, so that blocks of coded state are never cut, and the kernel
-gives the same bits wherever a run is cut.
+So what a step needs in memory is the slots, however large a model or one param of it is. Windows
+begin at multiples of ALIGNMENT, so that blocks of coded state are never cut, and the kernel gives
+the same bits wherever a run is cut. It uses one thread for a window: OpenMP's other ones would wait
+for the next by spinning, and take their cores from those that read and write.
 
 A disk that fails must not leave other ranks waiting: the error is kept, nothing more is updated,
 and this rank goes through the rest of the step like the others, until all meet and raise.
 """
 
+import itertools
 import mmap
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -34,17 +35,17 @@ from shardadam.layout import ALIGNMENT
 from shardadam.state_file import StateFile
 from shardadam.updates import Update
 
-SLOTS = 3
-SLOT_BYTES = 8 * 2**20
+SLOT_BYTES = 4 * 2**20
+MOST_SLOTS = 8
 
 
-class Slot:
-    """Memory for one window's state; ``ready``: what is being read into it."""
+class _Slot:
+    """Memory for one window's state, and the thread that uses it."""
 
-    def __init__(self, index: int, nbytes: int) -> None:
+    def __init__(self, index: int) -> None:
         self.index = index
-        self.memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.ready: Future[None] | None = None
+        self.memory = mmap.mmap(-1, SLOT_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="shardadam state file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class _Copied:
 class _Windows:
     """How a bucket's shard is cut into windows, and where their state is in a slot."""
 
-    def __init__(self, bucket: FlatBucket, file: StateFile, slot_bytes: int) -> None:
+    def __init__(self, bucket: FlatBucket, file: StateFile) -> None:
         self.bucket = bucket
         self.names = list(bucket.state)
         self._file = file
@@ -68,7 +69,7 @@ class _Windows:
             for name, tensor in bucket.state.items()
         }
         # Every tensor in a slot begins a page, so that copies are of aligned memory.
-        room = slot_bytes - mmap.PAGESIZE * len(per_block)
+        room = SLOT_BYTES - mmap.PAGESIZE * len(per_block)
         blocks = room // sum(per_block.values())
         assert blocks > 0, "a slot has room for a block of any state"
         self.numel = blocks * ALIGNMENT
@@ -89,7 +90,7 @@ class _Windows:
             pieces.append(_Copied(offset, self._in_slot[name], (part.stop - part.start) * size))
         return pieces
 
-    def staged(self, slot: Slot) -> dict[str, Tensor]:
+    def staged(self, slot: _Slot) -> dict[str, Tensor]:
         """A window's state in ``slot``."""
         return {
             name: torch.frombuffer(
@@ -116,63 +117,61 @@ class Streamed:
 
     Args:
         file: where all buckets' state is.
-        backend: what updates.
+        backend: what updates, in the thread that calls it.
     """
 
     def __init__(self, file: StateFile, backend: Backend) -> None:
         self.error: OSError | None = None
-        self._file, self._backend, self._slot_bytes = file, backend, SLOT_BYTES
-        self._slots: list[Slot] = []
-        self._threads = ThreadPoolExecutor(SLOTS - 1, thread_name_prefix="shardadam state file")
+        self._file, self._backend = file, backend
+        self._slots: list[_Slot] = []
         self._windows: dict[FlatBucket, _Windows] = {}
 
     def run(self, updates: Sequence[Update], skip: Tensor | None) -> Iterator[Update]:
-        """As in `Updater`; what was written has reached the file when the last one was yielded."""
-        if not self._slots:  # not earlier: whoever forks after construction need not share them
-            self._slots = [Slot(index, self._slot_bytes) for index in range(SLOTS)]
-        turns = [self._turns(update) for update in updates]
-        coming = [turn for of_one in turns for turn in of_one]
+        """As in `Updater`; an update has reached the file when it is yielded."""
+        assert skip is None, "the host knows, and calls this or not"
+        if not self._slots:  # not earlier: who never steps needs neither memory nor threads
+            count = min(max(2, torch.get_num_threads()), MOST_SLOTS)
+            self._slots = [_Slot(index) for index in range(count)]
+        slots = itertools.cycle(self._slots)
+        rounds = [
+            [self._start_round(next(slots), turn) for turn in self._turns(update)]
+            for update in updates
+        ]
         try:
-            for slot, turn in zip(self._slots, coming, strict=False):
-                slot.ready = self._threads.submit(self._go_round, slot, None, turn)
-            number = 0
-            for update, of_one in zip(updates, turns, strict=True):
-                for turn in of_one:
-                    slot, then = self._slots[number % SLOTS], number + SLOTS
-                    if self._arrives(slot):
-                        self._update(slot, turn, skip)
-                        next_turn = coming[then] if then < len(coming) else None
-                        slot.ready = self._threads.submit(self._go_round, slot, turn, next_turn)
-                    number += 1
+            for update, of_one in zip(updates, rounds, strict=True):
+                for one in of_one:
+                    one.result()
                 yield update
-            for slot in self._slots:
-                self._arrives(slot)
         finally:
-            wait([slot.ready for slot in self._slots if slot.ready is not None])
+            wait(itertools.chain.from_iterable(rounds))
 
-    def _arrives(self, slot: Slot) -> bool:
-        """Wait for ``slot``; whether all has gone well so far."""
+    def _start_round(self, slot: _Slot, turn: _Turn) -> Future[None]:
+        parts = [self._part(slot, turn, *part) for part in turn.parts]
+        return slot.thread.submit(self._round, slot, turn, parts)
+
+    def _round(self, slot: _Slot, turn: _Turn, parts: list[Run]) -> None:
+        """Read, update, write; in the slot's thread."""
+        copied = turn.windows.copied(turn.window)
         try:
-            if slot.ready is not None:
-                slot.ready.result()
+            with memoryview(slot.memory) as memory:
+                if self.error is None:
+                    for piece in copied:
+                        self._file.read(piece.file, memory[piece.slot : piece.slot + piece.nbytes])
+                    self._backend.update(parts)
+                    for piece in copied:
+                        self._file.write(piece.file, memory[piece.slot : piece.slot + piece.nbytes])
         except OSError as error:
-            self.error = self.error or error
-        return self.error is None
-
-    def _go_round(self, slot: Slot, done: _Turn | None, coming: _Turn | None) -> None:
-        """Write back what has been updated, then read what is to be updated next."""
-        with memoryview(slot.memory) as memory:
-            for piece in [] if done is None else done.windows.copied(done.window):
-                self._file.write(piece.file, memory[piece.slot : piece.slot + piece.nbytes])
-            for piece in [] if coming is None else coming.windows.copied(coming.window):
-                self._file.read(piece.file, memory[piece.slot : piece.slot + piece.nbytes])
+            self.error = error
+        finally:
+            for part in parts:
+                part.release()
 
     def _turns(self, update: Update) -> list[_Turn]:
         """The windows that have something to update, with the runs cut at them."""
         bucket = update.grads.bucket
         windows = self._windows.get(bucket)
         if windows is None or windows.names != list(bucket.state):  # AMSGrad was switched on
-            windows = self._windows[bucket] = _Windows(bucket, self._file, self._slot_bytes)
+            windows = self._windows[bucket] = _Windows(bucket, self._file)
         turns: dict[int, _Turn] = {}
         for run in update.runs:
             first = bucket.first_of(run)
@@ -185,13 +184,7 @@ class Streamed:
                 start = end
         return list(turns.values())
 
-    def _update(self, slot: Slot, turn: _Turn, skip: Tensor | None) -> None:
-        parts = [self._part(slot, turn, *part) for part in turn.parts]
-        self._backend.update(parts, skip)
-        for part in parts:
-            part.release()
-
-    def _part(self, slot: Slot, turn: _Turn, run: Run, start: int, stop: int) -> Run:
+    def _part(self, slot: _Slot, turn: _Turn, run: Run, start: int, stop: int) -> Run:
         """Elements ``[start, stop)`` of ``run``, their state being in ``slot``. Kept by ``run``."""
         if run.prepared is None:
             run.prepared = {}

@@ -86,10 +86,11 @@ class _Reference:
         reference.mean(shards, out)
 
 
-def backend_for(device: torch.device) -> Backend:
+def backend_for(device: torch.device, threads: int | None = None) -> Backend:
     """The backend for one optimizer: compiled kernels on CPU and CUDA, else torch operations.
 
-    All give the same bits; the kernels are faster by more than an order of magnitude.
+    All give the same bits; the kernels are faster by more than an order of magnitude. ``threads``:
+    see `cpu.Twin`.
 
     Raises:
         ValueError: a GPU that is too old.
@@ -97,7 +98,7 @@ def backend_for(device: torch.device) -> Backend:
     if device.type == "cpu":
         library, why_not = cpu.load()
         if library is not None:
-            return cpu.Twin(library)
+            return cpu.Twin(library, threads)
     elif device.type == "cuda" and torch.version.hip is None:
         kernels, why_not = cuda_driver.load(device)
         if kernels is not None:
