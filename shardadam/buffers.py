@@ -303,15 +303,24 @@ class FlatBucket:
         return int(run.param.storage_offset()) - int(self.shard.storage_offset())
 
     def part_of_run(
-        self, run: Run, start: int, stop: int, state: Mapping[str, Tensor], origin: int
+        self,
+        run: Run,
+        start: int,
+        stop: int,
+        *,
+        state: Mapping[str, Tensor] | None = None,
+        origin: int = 0,
+        param: Tensor | None = None,
     ) -> Run:
-        """Elements ``[start, stop)`` of ``run``, whose state is in ``state``.
+        """Elements ``[start, stop)`` of ``run``, ``start`` beginning a block; the same gradient.
 
-        ``state`` begins with the shard's element ``origin``; that and ``start`` begin blocks.
+        ``state``: where their state is in place of the bucket's, from the shard's element
+        ``origin`` on. ``param``: where they themselves are, in place of the shard.
         """
         here = self.first_of(run) - origin
+        state = self.state if state is None else state
         return Run(
-            param=run.param[start:stop],
+            param=run.param[start:stop] if param is None else param,
             grad=run.grad,
             coefficients=run.coefficients,
             first_block=run.first_block + start // ALIGNMENT,

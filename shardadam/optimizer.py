@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +17,12 @@ from shardadam.forward import ForwardGate
 from shardadam.gathers import Gathers
 from shardadam.gradients import BucketGrads, GradReducer, not_the_same
 from shardadam.kernels import Hyperparameters, backend_for
+from shardadam.offload import place_for_state
 from shardadam.options import Options
 from shardadam.sharded_state import ShardedState
 from shardadam.shown_state import ShownState
-from shardadam.state_file import StateFile
 from shardadam.steps import DeviceSteps, HostSteps, Steps
-from shardadam.storage import DeviceMemory, StateMemory
-from shardadam.streaming import Streamed
-from shardadam.updates import InPlace, Updater, lack_maximum, plan
+from shardadam.updates import lack_maximum, plan
 
 _Seen = dict[str, Range]
 
@@ -54,16 +51,13 @@ class ShardedOptimizer(ShardedState):
         """Take over the params: the last act of construction. A copy's ``rounds`` are given."""
         device = placement.single_device(self.param_groups)
         self._options = options
-        self._backend = backend_for(device)
+        self._backend, self._memory, self._updater = place_for_state(
+            options, device, backend_for(device)
+        )
         self._communicator = Communicator(options.process_group, device, self._backend.mean)
         self._steps: Steps = (
             DeviceSteps(self._backend) if self._backend.folds_on_device else HostSteps()
         )
-        self._memory: StateMemory = DeviceMemory(device)
-        self._updater: Updater = InPlace(self._backend)
-        if options.offload is not None:
-            self._memory = StateFile(Path(options.offload), self._communicator.rank)
-            self._updater = Streamed(self._memory, backend_for(device, threads=1))
         early = options.update_in_backward
         shard_grads = options.shard_grads or early
         self._reducer = GradReducer(self._communicator, options.grad_sync, shard_grads)
@@ -265,7 +259,7 @@ class ShardedOptimizer(ShardedState):
         else:
             with self._broken_by_errors():
                 self._gathers.wait(self._gate.others())
-        if self._options.offload is not None:
+        if self._options.directory is not None:
             with self._broken_by_errors():
                 meet(self._communicator, Point.UPDATED, error=self._updater.error)
 

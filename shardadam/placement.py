@@ -260,8 +260,16 @@ def _master(candidate: Candidate, device: torch.device, options: Options) -> str
             f"{name}: expected a dense float32, float64, bfloat16, float16 or complex param, "
             f"found {describe(param)} ({param.layout})"
         )
-    if options.offload is not None and device.type != "cpu":
-        raise ValueError(f"{name} is on {device}, and offload is for params on the CPU")
+    if options.directory is not None and device.type != "cpu":
+        raise ValueError(
+            f"{name} is on {device}, and a file holds the state of params on the CPU: expected "
+            'offload="cpu"'
+        )
+    if options.offload == "cpu" and device.type != "cuda":
+        raise ValueError(
+            f'{name} is on {device}, and offload="cpu" is for params on a GPU: expected no offload '
+            "or a directory"
+        )
     if options.state != "fp32" and (param.is_complex() or param.dtype == torch.float64):
         raise ValueError(
             f"{name} is {str(param.dtype).removeprefix('torch.')}, and state={options.state!r} is "

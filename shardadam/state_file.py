@@ -32,11 +32,10 @@ class StateFile:
 
     Args:
         directory: where; on the disk that is to hold the state.
-        rank: this process's, for the file's name.
     """
 
-    def __init__(self, directory: Path, rank: int) -> None:
-        self._directory, self._rank = directory, rank
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
         self._fd = -1
         self._end = 0  # of what is reserved
         self._region: mmap.mmap | None = None
@@ -108,7 +107,7 @@ class StateFile:
 
     def _open(self) -> None:
         # Only for its owner, and neither an existing file nor a link: mkstemp sees to it.
-        fd, name = tempfile.mkstemp(prefix=f"shardadam-rank{self._rank}-", dir=self._directory)
+        fd, name = tempfile.mkstemp(prefix="shardadam-state-", dir=self._directory)
         self._fd = fd
         weakref.finalize(self, os.close, fd)
         os.unlink(name)

@@ -45,6 +45,21 @@ class DeviceMemory:
         return "on this rank"
 
 
+class PinnedMemory:
+    """The host's memory, from and to which a GPU copies by itself."""
+
+    def reserve(self, sizes: Sequence[int]) -> None:
+        """Nothing, as `DeviceMemory`."""
+
+    def zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """As in `StateMemory`."""
+        return torch.zeros(numel, dtype=dtype, pin_memory=True)
+
+    def where(self) -> str:
+        """As in `StateMemory`."""
+        return "in this rank's host memory"
+
+
 @dataclass(frozen=True, slots=True)
 class Storage:
     """How and where a bucket's state is stored, and where its random bits come from.

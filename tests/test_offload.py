@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import shardadam
 from models import RealAwkward, loss_of, mlp, same, train, values
 from ranks import run_ranks
-from shardadam import checkpoint, streaming
+from shardadam import checkpoint, slots
 
 pytestmark = pytest.mark.filterwarnings("ignore:gradients are equal")
 
@@ -39,13 +39,13 @@ WAYS = {
 @pytest.fixture(autouse=True)
 def small_slots(monkeypatch):
     """Six windows and more to a bucket of `mlp`."""
-    monkeypatch.setattr(streaming, "SLOT_BYTES", 44_000)
+    monkeypatch.setattr(slots, "SLOT_BYTES", 44_000)
 
 
 def files(folder: Path) -> list[Path]:
     """What this process has open of state files in ``folder``; they have no names."""
     links = Path("/proc/self/fd").iterdir()
-    return [link for link in links if f"{folder}/shardadam-rank" in os.path.realpath(link)]
+    return [link for link in links if f"{folder}/shardadam-state" in os.path.realpath(link)]
 
 
 def trained(rank: int, folder: Path | None, form: dict, way: dict, overlapped: bool) -> tuple:
@@ -276,5 +276,5 @@ def test_a_step_takes_no_memory_that_grows_with_the_model(tmp_path, monkeypatch)
     monkeypatch.undo()
     peaks = [run_ranks(1, steps_peak, tmp_path, layers)[0] for layers in (8, 32)]
     # Of 61 and 244 MiB of state; a MiB or two are what code is run for the first time.
-    slots = 2 * streaming.SLOT_BYTES / 2**20  # for one thread
-    assert all(peak < slots + 4 for peak in peaks), peaks
+    held = 2 * slots.SLOT_BYTES / 2**20  # for one thread
+    assert all(peak < held + 4 for peak in peaks), peaks

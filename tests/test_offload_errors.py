@@ -15,7 +15,7 @@ import torch
 import shardadam
 from models import mlp, same, train, values
 from ranks import run_ranks
-from shardadam import streaming
+from shardadam import slots
 
 pytestmark = pytest.mark.filterwarnings("ignore:gradients are equal")
 
@@ -39,10 +39,17 @@ def size(optimizer: torch.optim.Optimizer) -> int:
 # ---- at construction -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("offload", ["disk", "cpu", True, 7])
+@pytest.mark.parametrize("offload", ["disk", True, 7])
 def test_what_is_no_directory(offload):
-    with pytest.raises(ValueError, match="expected None or a directory as a pathlib.Path"):
+    with pytest.raises(ValueError, match="expected 'cpu' or a directory as a pathlib.Path"):
         shardadam.AdamW(mlp().parameters(), offload=offload)
+
+
+def test_params_that_are_on_the_host_already():
+    with pytest.raises(
+        ValueError, match=r'0\.weight is on cpu, and offload="cpu" is for params on'
+    ):
+        shardadam.AdamW(mlp().named_parameters(), offload="cpu")
 
 
 def test_a_directory_that_is_not_there(tmp_path):
@@ -98,7 +105,9 @@ def test_no_room_on_one_rank(tmp_path):
 
 
 def differs(rank: int, folder: Path) -> None:
-    with pytest.raises(ValueError, match="rank 0 has offload to a directory, rank 1 has offload=N"):
+    with pytest.raises(
+        ValueError, match="rank 0 has offload to a directory, rank 1 has offload = N"
+    ):
         shardadam.AdamW(mlp().parameters(), offload=None if rank else folder)
     own = folder / str(rank)
     own.mkdir()
@@ -168,7 +177,7 @@ def breaks(rank: int, folder: Path, fault: str, overlapped: bool, culprit: int) 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_disk_that_fails_in_a_step(fault, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "SLOT_BYTES", 20_000)
+    monkeypatch.setattr(slots, "SLOT_BYTES", 20_000)
     for overlapped in (False, True):
         other, culprit = run_ranks(2, breaks, tmp_path, fault, overlapped, 1)
         assert all(re.match(f"OSError: .*{FAULTS[fault]}", error) for error in culprit), culprit

@@ -22,6 +22,7 @@ __all__ = [
     "Backend",
     "Coefficients",
     "Hyperparameters",
+    "OnHost",
     "Row",
     "Run",
     "Slot",
@@ -84,6 +85,29 @@ class _Reference:
 
     def mean(self, shards: Sequence[Tensor], out: Tensor) -> None:
         reference.mean(shards, out)
+
+
+class OnHost:
+    """Updates what has been brought to the host, and measures gradients where they are.
+
+    Args:
+        host: updates, in the thread that calls it.
+        device: the rest.
+    """
+
+    folds_on_device = False
+
+    def __init__(self, host: Backend, device: Backend) -> None:
+        self._host = host
+        self.name = f"{host.name} on the host, norms by {device.name}"
+        self.sum_squares, self.root, self.mean = device.sum_squares, device.root, device.mean
+
+    def prepare(self, runs: Sequence[Run]) -> None:
+        """Nothing: what runs on the host needs no loading."""
+
+    def update(self, runs: Sequence[Run], skip: Tensor | None = None) -> None:
+        """As in `Backend`."""
+        self._host.update(runs, skip)
 
 
 def backend_for(device: torch.device, threads: int | None = None) -> Backend:
