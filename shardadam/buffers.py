@@ -151,12 +151,13 @@ class FlatBucket:
         self._runs_in_place = [None] * len(self.params)
 
     def _allocate(self, amsgrad: bool) -> dict[str, Tensor]:
-        """The tensors of the state that there are not yet."""
-        numel, zeros = self.bucket.shard_numel, self._storage.memory.zeros
+        """The tensors of the state that there are not yet; all or none."""
+        storage, numel = self._storage, self.bucket.shard_numel
+        missing = {n: d for n, d in storage.tensors(amsgrad).items() if n not in self.state}
+        storage.memory.reserve(storage.sizes(missing, numel))
         return {
-            name: zeros(part_of(name, 0, numel).stop, dtype)
-            for name, dtype in self._storage.tensors(amsgrad).items()
-            if name not in self.state
+            name: storage.memory.zeros(part_of(name, 0, numel).stop, dtype)
+            for name, dtype in missing.items()
         }
 
     @property

@@ -187,7 +187,13 @@ def place(
         masters = [_master(candidate, communicator.device, options) for candidate in candidates]
         _refuse_shared_memory(candidates)
         buckets = _plan(candidates, masters, communicator.world_size, options, memory)
-        memory.reserve([size for bucket, how in buckets for size in how.sizes(bucket.shard_numel)])
+        memory.reserve(
+            [
+                size
+                for bucket, how in buckets
+                for size in how.sizes(how.tensors(how.amsgrad), bucket.shard_numel)
+            ]
+        )
     except (ValueError, OSError) as caught:
         error = caught
     lines = [*map(str, candidates), *settings]

@@ -15,12 +15,13 @@ and nothing is left of it however the process ends. Its space is reserved before
 a full disk is an error at construction and not in a step.
 """
 
+import contextlib
 import errno
 import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -54,15 +55,12 @@ class StateFile:
         region = b"" if self._region is None else self._region
         if nbytes <= len(region) - self._used:
             return
-        try:
-            os.posix_fallocate(self._fd, self._end, nbytes)
-        except OSError as error:
-            os.ftruncate(self._fd, self._end)  # it may have got a part
-            raise OSError(
-                error.errno,
-                f"there is no room for {nbytes:,} bytes of state in {self._directory} "
-                f"({os.strerror(error.errno or 0)})",
-            ) from error
+        with self._named(f"{nbytes:,} bytes of state can't be reserved"):
+            try:
+                os.posix_fallocate(self._fd, self._end, nbytes)
+            except OSError:
+                os.ftruncate(self._fd, self._end)  # it may have got a part
+                raise
         self._region = mmap.mmap(self._fd, nbytes, offset=self._end)
         self._region_start, self._used = self._end, 0
         self._end += nbytes
@@ -89,11 +87,12 @@ class StateFile:
         Raises:
             OSError: they can't be read.
         """
-        while memory:
-            count = os.preadv(self._fd, [memory], offset)
-            if not count:
-                raise OSError(errno.EIO, f"the state file in {self._directory} was cut off")
-            memory, offset = memory[count:], offset + count
+        with self._named("state can't be read"):
+            while memory:
+                count = os.preadv(self._fd, [memory], offset)
+                if not count:
+                    raise OSError(errno.EIO, "the file was cut off")
+                memory, offset = memory[count:], offset + count
 
     def write(self, offset: int, memory: memoryview) -> None:
         """Write ``memory`` to the bytes from ``offset`` on.
@@ -101,9 +100,19 @@ class StateFile:
         Raises:
             OSError: they can't be written.
         """
-        while memory:
-            count = os.pwritev(self._fd, [memory], offset)
-            memory, offset = memory[count:], offset + count
+        with self._named("state can't be written"):
+            while memory:
+                count = os.pwritev(self._fd, [memory], offset)
+                memory, offset = memory[count:], offset + count
+
+    @contextlib.contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Adds to the system's error what could not be done, and where."""
+        try:
+            yield
+        except OSError as error:
+            words = f"{what} in {self._directory}: {error.strerror}"
+            raise OSError(error.errno, words) from error
 
     def _open(self) -> None:
         # Only for its owner, and neither an existing file nor a link: mkstemp sees to it.

@@ -1,6 +1,6 @@
 """How and where the state of buckets is stored."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,10 +82,10 @@ class Storage:
         moments = {name: self.form.dtype(name, self.dtype) for name in names}
         return moments if self.master is None else {**moments, self.master: MASTERS[self.master]}
 
-    def sizes(self, numel: int) -> list[int]:
-        """The bytes of each of them at the start, for ``numel`` elements."""
-        tensors = self.tensors(self.amsgrad).items()
-        return [part_of(name, 0, numel).stop * dtype.itemsize for name, dtype in tensors]
+    @staticmethod
+    def sizes(tensors: Mapping[str, torch.dtype], numel: int) -> list[int]:
+        """The bytes of each of ``tensors``, for ``numel`` elements."""
+        return [part_of(name, 0, numel).stop * own.itemsize for name, own in tensors.items()]
 
     @property
     def draws(self) -> bool:
