@@ -1,6 +1,10 @@
 """A step with its state in a file, beside one with its state in memory.
 
-python benchmarks/offload.py --directory /where/the/disk/is
+python benchmarks/offload.py [--directory /where/the/disk/is] [--numel 50000000] [--threads 2]
+    [--forms lean] [--ways memory file disk]
+
+Under a memory limit, which ``--ways`` fit can be seen: in a cgroup, or by
+systemd-run --scope -p MemoryMax=1200M python benchmarks/offload.py --forms full --ways file
 """
 
 import argparse
@@ -8,7 +12,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,53 +21,62 @@ from stamp import stamp, table
 
 import shardadam
 
-MEMORY = "in memory"
-FORMS: dict[str, dict[str, Any]] = {
-    "fp32 params, fp32 state (8 bytes per param)": {},
-    "bf16 params, lean (5.03)": {"memory": "lean"},
-    "bf16 params, leanest (3.03)": {"memory": "leanest"},
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp32": ("fp32 params, 8 bytes of state per param", {}),
+    "full": ("bf16 params, 10 bytes", {"memory": "full"}),
+    "lean": ("bf16 params, 5.03 bytes", {"memory": "lean"}),
+    "leanest": ("bf16 params, 3.03 bytes", {"memory": "leanest"}),
+}
+WAYS = {
+    "memory": "in memory",
+    "file": "in a file, which is in the page cache if there is room",
+    "disk": "in a file, which is read from the disk",
 }
 
 
 def main() -> None:
     """Print a table for each format of the state."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--numel", type=int, default=50_000_000)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--numel", type=int, default=50_000_000, help="elements of the param")
+    parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=["fp32", "lean", "leanest"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"a step on {args.numel:,} params, {stamp()}")
-    for name, options in FORMS.items():
+    for form in args.forms:
+        name, options = FORMS[form]
         print(f"\n{name}\n")
-        measure(options, args.directory, args.numel, args.repeats)
+        measure(options, args.ways, args.directory, args.numel, args.repeats)
 
 
-def measure(options: dict[str, Any], directory: Path, numel: int, repeats: int) -> None:
-    """One format: in memory, from the page cache, and from the disk."""
-    held, kept, read = (
-        _optimizer(numel, folder, options) for folder in (None, directory, directory)
-    )
-    ways: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-        MEMORY: (lambda: None, held.step),
-        "in a file, which is in the page cache": (lambda: None, kept.step),
-        "in a file, which is read from the disk": (lambda: drop(read), read.step),
+def measure(
+    options: dict[str, Any], ways: Sequence[str], directory: Path, numel: int, repeats: int
+) -> None:
+    """One format, the ways taking turns."""
+    optimizers = {
+        way: _optimizer(numel, None if way == "memory" else directory, options) for way in ways
     }
-    wall: dict[str, list[float]] = {name: [] for name in ways}
-    cpu: dict[str, list[float]] = {name: [] for name in ways}
-    for optimizer in (held, kept, read, kept, read):  # the first step on a file allocates its pages
-        optimizer.step()
+    wall: dict[str, list[float]] = {WAYS[way]: [] for way in ways}
+    cpu: dict[str, list[float]] = {WAYS[way]: [] for way in ways}
+    for optimizer in optimizers.values():
+        for _ in range(2):  # the first step on a file allocates its pages
+            optimizer.step()
     for _ in range(repeats):
-        for name, (before, step) in ways.items():
-            before()
+        for way, optimizer in optimizers.items():
+            if way == "disk":
+                drop(optimizer)
             start, used = time.perf_counter(), time.process_time()
-            step()
-            wall[name].append(time.perf_counter() - start)
-            cpu[name].append(time.process_time() - used)
-    print(table(wall, MEMORY))
+            optimizer.step()
+            wall[WAYS[way]].append(time.perf_counter() - start)
+            cpu[WAYS[way]].append(time.process_time() - used)
+    print(table(wall, WAYS[ways[0]]))
     times = (f"{1e3 * statistics.median(values):.0f} {name}" for name, values in cpu.items())
-    print(f"\nCPU-ms: {', '.join(times)}")
+    print(f"\nCPU-ms: {'; '.join(times)}")
 
 
 def drop(optimizer: torch.optim.Optimizer) -> None:
@@ -75,9 +88,10 @@ def drop(optimizer: torch.optim.Optimizer) -> None:
 
 def _optimizer(numel: int, directory: Path | None, options: dict[str, Any]) -> shardadam.AdamW:
     dtype = torch.bfloat16 if options else torch.float32
-    param = torch.nn.Parameter(torch.randn(numel).to(dtype))
-    param.grad = torch.randn(numel).to(dtype)
-    return shardadam.AdamW([param], offload=directory, **options)
+    param = torch.nn.Parameter(torch.empty(numel, dtype=dtype).normal_())
+    optimizer = shardadam.AdamW([param], offload=directory, **options)
+    param.grad = torch.empty_like(param).normal_()
+    return optimizer
 
 
 if __name__ == "__main__":
