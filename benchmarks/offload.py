@@ -1,7 +1,7 @@
 """A step with its state in a file, beside one with its state in memory.
 
 python benchmarks/offload.py [--directory /where/the/disk/is] [--numel 50000000] [--threads 2]
-    [--forms lean] [--ways memory file disk]
+    [--params 300] [--forms lean] [--ways memory file disk]
 
 Under a memory limit, which ``--ways`` fit can be seen: in a cgroup, or by
 systemd-run --scope -p MemoryMax=1200M python benchmarks/offload.py --forms full --ways file
@@ -40,26 +40,28 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--numel", type=int, default=50_000_000, help="elements of the param")
+    parser.add_argument("--numel", type=int, default=50_000_000, help="elements of all params")
+    parser.add_argument("--params", type=int, default=1, help="of as many elements each")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=["fp32", "lean", "leanest"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"a step on {args.numel:,} params, {stamp()}")
+    print(f"a step on {args.numel:,} elements, {stamp()}")
     for form in args.forms:
         name, options = FORMS[form]
         print(f"\n{name}\n")
-        measure(options, args.ways, args.directory, args.numel, args.repeats)
+        sizes = [args.numel // args.params] * args.params
+        measure(options, args.ways, args.directory, sizes, args.repeats)
 
 
 def measure(
-    options: dict[str, Any], ways: Sequence[str], directory: Path, numel: int, repeats: int
+    options: dict[str, Any], ways: Sequence[str], directory: Path, sizes: list[int], repeats: int
 ) -> None:
     """One format, the ways taking turns."""
     optimizers = {
-        way: _optimizer(numel, None if way == "memory" else directory, options) for way in ways
+        way: _optimizer(sizes, None if way == "memory" else directory, options) for way in ways
     }
     wall: dict[str, list[float]] = {WAYS[way]: [] for way in ways}
     cpu: dict[str, list[float]] = {WAYS[way]: [] for way in ways}
@@ -86,11 +88,14 @@ def drop(optimizer: torch.optim.Optimizer) -> None:
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _optimizer(numel: int, directory: Path | None, options: dict[str, Any]) -> shardadam.AdamW:
+def _optimizer(
+    sizes: list[int], directory: Path | None, options: dict[str, Any]
+) -> shardadam.AdamW:
     dtype = torch.bfloat16 if options else torch.float32
-    param = torch.nn.Parameter(torch.empty(numel, dtype=dtype).normal_())
-    optimizer = shardadam.AdamW([param], offload=directory, **options)
-    param.grad = torch.empty_like(param).normal_()
+    params = [torch.nn.Parameter(torch.empty(size, dtype=dtype).normal_()) for size in sizes]
+    optimizer = shardadam.AdamW(params, offload=directory, **options)
+    for param in params:
+        param.grad = torch.empty_like(param).normal_()
     return optimizer
 
 
