@@ -38,18 +38,12 @@ class FileSlot:
 
     def stage(self, bucket: FlatBucket, origin: int, run: Run, start: int, stop: int) -> Run:
         """As in `Slot`."""
-        if run.prepared is None:
-            run.prepared = {}
-        key = self, start, stop
-        staged: Run | None = run.prepared.get(key)
-        if staged is None:
-            staged = run.prepared[key] = bucket.part_of_run(
-                run, start, stop, state=self._state(bucket), origin=origin
-            )
+        return bucket.part_of_run(run, start, stop, state=self._state(bucket), origin=origin)
+
+    def grad(self, bucket: FlatBucket, origin: int, run: Run, start: int, stop: int) -> Tensor:
+        """As in `Slot`."""
         whole = stop - start == run.param.numel()
-        staged.grad = run.grad if whole else in_memory_order(run.grad)[start:stop]
-        staged.coefficients = run.coefficients
-        return staged
+        return run.grad if whole else in_memory_order(run.grad)[start:stop]
 
     def fetch(self, window: Window) -> None:
         """As in `Slot`."""

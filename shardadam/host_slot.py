@@ -44,19 +44,16 @@ class HostSlot:
 
     def stage(self, bucket: FlatBucket, origin: int, run: Run, start: int, stop: int) -> Run:
         """As in `Slot`."""
-        if run.prepared is None:
-            run.prepared = {}
-        numel = self.capacity(bucket)
+        params = self._view(0, self.capacity(bucket), bucket.dtype)
         here = bucket.first_of(run) - origin
-        part = slice(here + start, here + stop)
-        key = self, start, stop
-        staged: Run | None = run.prepared.get(key)
-        if staged is None:
-            params = self._view(0, numel, bucket.dtype)
-            staged = run.prepared[key] = bucket.part_of_run(run, start, stop, param=params[part])
-        gradients = self._view(numel * bucket.dtype.itemsize, numel, run.grad.dtype)
-        staged.grad, staged.coefficients = gradients[part], run.coefficients
-        return staged
+        return bucket.part_of_run(run, start, stop, param=params[here + start : here + stop])
+
+    def grad(self, bucket: FlatBucket, origin: int, run: Run, start: int, stop: int) -> Tensor:
+        """As in `Slot`; of the dtype that it has on the device."""
+        numel = self.capacity(bucket)
+        grads = self._view(numel * bucket.dtype.itemsize, numel, run.grad.dtype)
+        here = bucket.first_of(run) - origin
+        return grads[here + start : here + stop]
 
     def fetch(self, window: Window) -> None:
         """As in `Slot`."""

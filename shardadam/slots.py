@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
+
 from shardadam.buffers import FlatBucket
 from shardadam.kernels import Run
 
@@ -30,7 +32,7 @@ class Window:
 
 
 class Slot(Protocol):
-    """Memory for one window. All but `fetch` and `put` is called by the optimizer's thread."""
+    """Memory for one window. `fetch` and `put` are called in the slot's thread."""
 
     def capacity(self, bucket: FlatBucket) -> int:
         """How many elements of ``bucket`` a window has, a multiple of ALIGNMENT."""
@@ -41,8 +43,11 @@ class Slot(Protocol):
     def stage(self, bucket: FlatBucket, origin: int, run: Run, start: int, stop: int) -> Run:
         """The run that updates elements ``[start, stop)`` of ``run`` in a window at ``origin``.
 
-        What of it stays from step to step is kept in ``run.prepared``.
+        Called once, but for its gradient and coefficients, which are of one step.
         """
+
+    def grad(self, bucket: FlatBucket, origin: int, run: Run, start: int, stop: int) -> Tensor:
+        """Where that run is to read its gradient."""
 
     def fetch(self, window: Window) -> None:
         """Bring in what the staged runs of ``window`` read."""

@@ -25,6 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 from torch import Tensor
 
+from shardadam.buffers import FlatBucket
 from shardadam.kernels import Backend, Run
 from shardadam.slots import Part, Slot, Window
 from shardadam.updates import Update
@@ -83,7 +84,7 @@ class Streamed:
         for number, cut in cuts.items():
             slot, thread = next(slots)
             origin = number * numel
-            parts = [Part(*part, slot.stage(bucket, origin, *part)) for part in cut]
+            parts = [Part(*part, _staged(slot, bucket, origin, *part)) for part in cut]
             stop = min(origin + numel, bucket.bucket.shard_numel)
             yield thread.submit(self._round, slot, Window(bucket, origin, stop, parts))
 
@@ -101,3 +102,15 @@ class Streamed:
         finally:
             for run in runs:
                 run.release()
+
+
+def _staged(slot: Slot, bucket: FlatBucket, origin: int, run: Run, start: int, stop: int) -> Run:
+    """As `Slot.stage`, with this step's gradient. What stays is kept by ``run``."""
+    kept = run.prepared = {} if run.prepared is None else run.prepared
+    key = slot, start, stop
+    if key not in kept:
+        kept[key] = slot.stage(bucket, origin, run, start, stop)
+    staged: Run = kept[key]
+    staged.grad = slot.grad(bucket, origin, run, start, stop)
+    staged.coefficients = run.coefficients
+    return staged
