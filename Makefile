@@ -80,9 +80,10 @@ bench: $(PEERS) ## train beside DDP, ZeRO, FSDP2 and DeepSpeed; ARGS=--quick tak
 quality: $(PEERS) ## coded moments beside fp32 and published ones; ARGS=--quick takes a minute
 	$(BIN)/python benchmarks/quality.py $(ARGS)
 
-bench-parts: $(READY) ## time the CPU kernel, many small params, collectives, consolidation, checkpoints
+bench-parts: $(READY) ## time the CPU kernel, small params, state on a disk, collectives, consolidation, checkpoints
 	$(BIN)/python benchmarks/cpu_kernel.py
 	$(BIN)/python benchmarks/small_params.py
+	$(BIN)/python benchmarks/offload.py
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) benchmarks/collectives.py
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) benchmarks/consolidate.py
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) benchmarks/checkpoint.py

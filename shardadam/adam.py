@@ -14,6 +14,7 @@ from shardadam.options import (
     GradSync,
     Master,
     Memory,
+    Offload,
     Options,
     State,
     formats,
@@ -52,6 +53,11 @@ _ARGUMENTS = """
             bfloat16 param alone, stochastically rounded.
         memory: names for a state and a master: "full" is the default, "lean" is "q16" and "split",
             "leanest" is "q8" and "split8".
+        offload: where the state is, if not on the params' device, see docs/offload.md. The same
+            bits. A directory (a pathlib.Path, which may be another on each rank): in a file there,
+            for params on the CPU. The file goes with the process; what is to be kept is saved as
+            ever, in checkpoints. "cpu": in the host's memory, for params on a GPU, and updated by
+            the host's processor. Not yet run on a GPU.
         bucket_bytes: params are packed into buckets of about this many bytes: the unit of
             communication, and of the memory in transit.
         seed: of the random bits of stochastic rounding, which depend on it, the step and the place
@@ -60,6 +66,7 @@ _ARGUMENTS = """
     Raises:
         ValueError: a hyperparameter out of range, in torch's words; params that can't be optimized,
             or that differ between ranks, by name.
+        OSError: ``offload`` has no room for the state; on other ranks RuntimeError.
     """
 
 
@@ -97,6 +104,7 @@ class Adam(_AdamRule, torch.optim.Adam):
         state: State = "fp32",
         master: Master = "auto",
         memory: Memory | None = None,
+        offload: Offload | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         seed: int = 0,
     ) -> None:
@@ -107,6 +115,7 @@ class Adam(_AdamRule, torch.optim.Adam):
             update_in_backward,
             max_grad_norm,
             *formats(memory, state, master),
+            offload,
             bucket_bytes,
             seed,
         )
@@ -153,6 +162,7 @@ class AdamW(_AdamRule, torch.optim.AdamW):
         state: State = "fp32",
         master: Master = "auto",
         memory: Memory | None = None,
+        offload: Offload | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         seed: int = 0,
     ) -> None:
@@ -163,6 +173,7 @@ class AdamW(_AdamRule, torch.optim.AdamW):
             update_in_backward,
             max_grad_norm,
             *formats(memory, state, master),
+            offload,
             bucket_bytes,
             seed,
         )
@@ -209,6 +220,7 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
         state: State = "fp32",
         master: Master = "auto",
         memory: Memory | None = None,
+        offload: Offload | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         seed: int = 0,
     ) -> None:
@@ -219,6 +231,7 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
             update_in_backward,
             max_grad_norm,
             *formats(memory, state, master),
+            offload,
             bucket_bytes,
             seed,
         )

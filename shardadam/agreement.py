@@ -29,6 +29,7 @@ class Point(enum.IntEnum):
     CONSOLIDATION = 6
     SAVE = 7
     LOAD = 8
+    UPDATED = 9
 
 
 _NAMES = {
@@ -40,6 +41,7 @@ _NAMES = {
     Point.CONSOLIDATION: "consolidate_state_dict()",
     Point.SAVE: "saving a checkpoint",
     Point.LOAD: "loading a checkpoint",
+    Point.UPDATED: "the end of the update",
 }
 
 

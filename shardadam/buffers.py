@@ -1,8 +1,7 @@
 """Flat storage: params as views of a bucket's buffer, and the state of this rank's shard of it."""
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -11,8 +10,9 @@ from torch import Tensor
 
 from shardadam.kernels import Coefficients, Run, Slot
 from shardadam.kernels.run import in_memory_order
-from shardadam.kernels.state_formats import MASTERS, MOMENTS, StateFormat, is_scale, part_of
+from shardadam.kernels.state_formats import MOMENTS, is_scale, part_of
 from shardadam.layout import ALIGNMENT, Bucket, Piece
+from shardadam.storage import Storage
 
 _address = torch._C.TensorBase.data_ptr
 _is_contiguous: Callable[[Tensor], bool] = torch._C.TensorBase.is_contiguous
@@ -28,25 +28,6 @@ def real_dtype(param: Tensor) -> torch.dtype:
 def real_numel(param: Tensor) -> int:
     """The number of ``param``'s elements in a buffer."""
     return param.numel() * (2 if param.is_complex() else 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """How a bucket's state is stored, and where its random bits come from.
-
-    ``form``: of the moments. ``master``: one of `MASTERS`; None where the param is all there is.
-    ``amsgrad``: whether there is a maximum from the start. ``seed``: see `kernels.random_bits`.
-    """
-
-    form: StateFormat
-    master: str | None
-    amsgrad: bool
-    seed: int
-
-    def draws(self, dtype: torch.dtype) -> bool:
-        """Whether params of ``dtype`` are updated with random bits."""
-        whole = dtype != torch.bfloat16 or self.master in ("master", "remainder")
-        return self.form.dtypes is not None or not whole
 
 
 class FlatBucket:
@@ -87,7 +68,7 @@ class FlatBucket:
         self.span_groups = [span.group for span in bucket.spans]
         self.groups = sorted(set(self.span_groups))
         first = params[0]
-        self.dtype, self.device = real_dtype(first), first.device
+        self.dtype, self.device = storage.dtype, first.device
         self.flat = torch.zeros(bucket.numel, dtype=self.dtype, device=self.device)
         self.shard = self.flat.view(bucket.world_size, bucket.shard_numel)[rank]
         self.views = [
@@ -121,7 +102,8 @@ class FlatBucket:
             for name, initial in scalars.items()
         }
         self.initial_scalars = dict(scalars)
-        self.form, self.master, self._seed = storage.form, storage.master, storage.seed
+        self._storage, self._seed = storage, storage.seed
+        self.form, self.master = storage.form, storage.master
         self._first_blocks = list(first_blocks)
         self.continues = self._continues(storage)
         # Of a scale's blocks, nothing but the order of memory says which elements they are.
@@ -130,10 +112,8 @@ class FlatBucket:
         self._runs: dict[tuple[int, int, bool], Run] = {}
         self._runs_in_place: list[Run | None] = [None] * len(self.params)
         self._amsgrad_in_place: list[bool] = []
-        for name in self.form.tensors(storage.amsgrad).values():
-            self._add_state(name, self.form.dtype(name, self.dtype))
-        if self.master is not None:
-            self._add_state(self.master, MASTERS[self.master])
+        self._maximum: dict[str, Tensor] = {}
+        self.state.update(self._allocate(storage.amsgrad))
         if self.master == "master":
             self.state[self.master].copy_(self.shard)
 
@@ -145,28 +125,40 @@ class FlatBucket:
         """
         offsets = [span.offset // ALIGNMENT for span in self.bucket.spans]
         ahead = [n - offset for n, offset in zip(self._first_blocks, offsets, strict=True)]
-        draws = storage.draws(self.dtype)
-        return [False, *(not draws or a == b for a, b in itertools.pairwise(ahead))]
+        return [False, *(not storage.draws or a == b for a, b in itertools.pairwise(ahead))]
 
     @property
     def has_maximum(self) -> bool:
         """Whether there is a place for AMSGrad's maximum."""
         return self.form.names[2] in self.state
 
+    def reserve_maximum(self) -> None:
+        """Allocate the place that `add_maximum` makes, which then can't fail.
+
+        Raises:
+            OSError, RuntimeError: there is no room.
+        """
+        if not self.has_maximum and not self._maximum:
+            self._maximum = self._allocate(True)
+
     def add_maximum(self) -> None:
         """Make a place for AMSGrad's maximum, of zeros, if there is none."""
         if self.has_maximum:
             return
-        for name in self.form.tensors(True).values():
-            if name not in self.state:
-                self._add_state(name, self.form.dtype(name, self.dtype))
+        self.reserve_maximum()
+        self.state.update(self._maximum)
         self._runs.clear()
         self._runs_in_place = [None] * len(self.params)
 
-    def _add_state(self, name: str, dtype: torch.dtype) -> None:
-        numel = self.bucket.shard_numel
-        part = part_of(name, 0, numel)
-        self.state[name] = torch.zeros(part.stop, dtype=dtype, device=self.device)
+    def _allocate(self, amsgrad: bool) -> dict[str, Tensor]:
+        """The tensors of the state that there are not yet; all or none."""
+        storage, numel = self._storage, self.bucket.shard_numel
+        missing = {n: d for n, d in storage.tensors(amsgrad).items() if n not in self.state}
+        storage.memory.reserve(storage.sizes(missing, numel))
+        return {
+            name: storage.memory.zeros(part_of(name, 0, numel).stop, dtype)
+            for name, dtype in missing.items()
+        }
 
     @property
     def padding_bytes(self) -> int:
@@ -286,20 +278,56 @@ class FlatBucket:
             if len(self._runs) > 4 * len(self.pieces):
                 self._runs.clear()  # other params have gradients at every step
             number = self._first_blocks[first] + self.pieces[first].param_offset // ALIGNMENT
-            fields: dict[str, Any] = dict.fromkeys(MOMENTS)
-            for field, name in self.form.tensors(amsgrad).items():
-                fields[field] = self.state[name][part_of(name, start, stop)]
             run = self._runs[start, stop, amsgrad] = Run(
                 param=self.shard[part],
-                master=None if self.master is None else self.state[self.master][part],
                 grad=grad,
                 coefficients=coefficients,
                 first_block=number,
                 seed=self._seed,
-                **fields,
+                **self._fields(self.state, start, stop, amsgrad),
             )
         run.grad, run.coefficients = grad, coefficients
         return run
+
+    def _fields(
+        self, state: Mapping[str, Tensor], start: int, stop: int, amsgrad: bool
+    ) -> dict[str, Any]:
+        """The master and moments of a `Run`: elements ``[start, stop)`` of ``state``."""
+        fields: dict[str, Any] = dict.fromkeys(MOMENTS)
+        for field, name in self.form.tensors(amsgrad).items():
+            fields[field] = state[name][part_of(name, start, stop)]
+        fields["master"] = None if self.master is None else state[self.master][start:stop]
+        return fields
+
+    def first_of(self, run: Run) -> int:
+        """Where in the shard the first element of ``run`` is."""
+        return int(run.param.storage_offset()) - int(self.shard.storage_offset())
+
+    def part_of_run(
+        self,
+        run: Run,
+        start: int,
+        stop: int,
+        *,
+        state: Mapping[str, Tensor] | None = None,
+        origin: int = 0,
+        param: Tensor | None = None,
+    ) -> Run:
+        """Elements ``[start, stop)`` of ``run``, ``start`` beginning a block; the same gradient.
+
+        ``state``: where their state is in place of the bucket's, from the shard's element
+        ``origin`` on. ``param``: where they themselves are, in place of the shard.
+        """
+        here = self.first_of(run) - origin
+        state = self.state if state is None else state
+        return Run(
+            param=run.param[start:stop] if param is None else param,
+            grad=run.grad,
+            coefficients=run.coefficients,
+            first_block=run.first_block + start // ALIGNMENT,
+            seed=run.seed,
+            **self._fields(state, here + start, here + stop, run.max_exp_avg_sq is not None),
+        )
 
     def runs_in_place(
         self,

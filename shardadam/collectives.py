@@ -338,9 +338,9 @@ class Communicator:
         """
         if self.world_size == 1:
             return [shard.to("cpu", copy=True) for shard in shards]
-        group = self.process_group
-        if self.backend != "nccl":  # gloo sends from and receives on the host only
-            group, shards = self._host_group, [shard.to(self._host_device) for shard in shards]
+        nccl = self.backend == "nccl"  # gloo sends from and receives on the host only
+        group = self.process_group if nccl else self._host_group
+        shards = [shard.to(self.device if nccl else self._host_device) for shard in shards]
         flats = []
         operations = []
         for shard in shards:

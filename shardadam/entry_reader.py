@@ -184,7 +184,11 @@ class EntryReader:
         if not given:
             return {wanted: param if wanted == "master" else None}
         value = self._own(given[0], entry[given[0]])
-        return {wanted: value if given[0] == wanted else master_between(param, value, wanted)}
+        return {
+            wanted: value
+            if given[0] == wanted
+            else master_between(param.to(value.device), value, wanted)
+        }
 
     def _is_stale(self, name: str, value: Any) -> bool:
         """Whether torch.optim has had it, which casts what it loads and does not update it."""

@@ -17,11 +17,12 @@ from shardadam.forward import ForwardGate
 from shardadam.gathers import Gathers
 from shardadam.gradients import BucketGrads, GradReducer, not_the_same
 from shardadam.kernels import Hyperparameters, backend_for
+from shardadam.offload import place_for_state
 from shardadam.options import Options
 from shardadam.sharded_state import ShardedState
 from shardadam.shown_state import ShownState
 from shardadam.steps import DeviceSteps, HostSteps, Steps
-from shardadam.updates import add_amsgrad, plan
+from shardadam.updates import lack_maximum, plan
 
 _Seen = dict[str, Range]
 
@@ -50,7 +51,9 @@ class ShardedOptimizer(ShardedState):
         """Take over the params: the last act of construction. A copy's ``rounds`` are given."""
         device = placement.single_device(self.param_groups)
         self._options = options
-        self._backend = backend_for(device)
+        self._backend, self._memory, self._updater = place_for_state(
+            options, device, backend_for(device)
+        )
         self._communicator = Communicator(options.process_group, device, self._backend.mean)
         self._steps: Steps = (
             DeviceSteps(self._backend) if self._backend.folds_on_device else HostSteps()
@@ -91,6 +94,7 @@ class ShardedOptimizer(ShardedState):
             self._scalars,
             self._communicator,
             self._options,
+            self._memory,
             scalars_on_device=self._backend.folds_on_device,
         )
         self._rounds.append(candidates)
@@ -159,8 +163,9 @@ class ShardedOptimizer(ShardedState):
             self.synchronize()
             self._take_edits()
             self._check_grads()
+            self._reserve_maxima()
             late = placement.unplaced(self.param_groups, self._placed)
-        except (ValueError, RuntimeError) as caught:
+        except (ValueError, RuntimeError, OSError) as caught:
             error = caught
         settings: list[str] = []
         present: list[bool] = []
@@ -227,17 +232,15 @@ class ShardedOptimizer(ShardedState):
         """Update bucket by bucket, each one's params being gathered while the next is updated."""
         skip = skip if self._backend.folds_on_device else None
         hypers = [self._hyperparameters(group) for group in self.param_groups]
-        updates = []
-        for grads in buckets:
-            if add_amsgrad(grads.bucket, self.param_groups):
-                self._shown.show(grads.bucket)
-            updates.append(plan(grads, self._steps, self.param_groups, hypers, factor))
+        for bucket in lack_maximum((grads.bucket for grads in buckets), self.param_groups):
+            bucket.add_maximum()
+            self._shown.show(bucket)
+        updates = [plan(g, self._steps, self.param_groups, hypers, factor) for g in buckets]
         self._backend.prepare([run for update in updates for run in update.runs])
         with self._broken_by_errors():
             self._gathers.wait(grads.bucket for grads in buckets)  # of an earlier update
             self._steps.commit([update.steps for update in updates], factor, skip)
-            for update in updates:
-                self._backend.update(update.runs, skip)
+            for update in self._updater.run(updates, skip):
                 self._gathers.start(update.grads.bucket, update.grads.updated_params())
         for run in (run for update in updates for run in update.runs):
             run.release()
@@ -246,15 +249,19 @@ class ShardedOptimizer(ShardedState):
         """Raise what `step()` would, before a backward pass updates; what ranks must agree on."""
         self._check_usable()
         self._take_edits()
+        self._reserve_maxima()
         return placement.hyperparameters(self.param_groups, self.defaults)
 
     def _settle(self) -> None:
-        """Wait for the params that no module will wait for."""
+        """Wait for the params that no module will wait for; learn of state that was not updated."""
         if self._gate is None or not self._gate.open:
             self.synchronize()
         else:
             with self._broken_by_errors():
                 self._gathers.wait(self._gate.others())
+        if self._options.directory is not None:
+            with self._broken_by_errors():
+                meet(self._communicator, Point.UPDATED, error=self._updater.error)
 
     def _hyperparameters(self, group: dict[str, Any]) -> Hyperparameters:
         """A param group's, as the rule reads them."""
@@ -362,6 +369,11 @@ class ShardedOptimizer(ShardedState):
         clipping.check(self._clipped, self._reducer)
         amp.check(self)
 
+    def _reserve_maxima(self) -> None:
+        """Make sure that there is room for what AMSGrad, if it was switched on, needs."""
+        for bucket in lack_maximum(self._buckets, self.param_groups):
+            bucket.reserve_maximum()
+
     def _check_usable(self) -> None:
         """Raise if an earlier step failed midway, or params are no longer the buckets' views."""
         if self._broken is not None:
@@ -380,21 +392,3 @@ class ShardedOptimizer(ShardedState):
         except BaseException as error:
             self._broken = f"{type(error).__name__}: {error}"
             raise
-
-    def __repr__(self) -> str:
-        """Torch's, and what runs: ranks, gradients, memory, kernel."""
-        if not self._sharded:
-            return super().__repr__()
-        ranks = self._communicator
-        held = sum(t.nbytes for bucket in self._buckets for t in bucket.state.values())
-        padding = sum(bucket.padding_bytes for bucket in self._buckets)
-        beside = (
-            "" if self._gate is None else f"gathered beside {self._gate.model_name}'s forward, "
-        )
-        return (
-            f"{super().__repr__()}\n"
-            f"sharded: rank {ranks.rank} of {ranks.world_size} ({ranks.backend}), "
-            f"{self._options.describe_grads()}, {beside}{len(self._buckets)} buckets, "
-            f"{self._options.describe_state()}: {held:,} bytes on this rank, {padding:,} of them "
-            f"padding, update by {self._backend.name}"
-        )

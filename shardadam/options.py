@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import torch.distributed as dist
 
@@ -11,6 +13,7 @@ GradSync = Literal["mean", "none"]
 State = Literal["fp32", "bf16", "q16", "q8"]
 Master = Literal["auto", "fp32", "split", "split8", "none"]
 Memory = Literal["full", "lean", "leanest"]
+Offload: TypeAlias = "Literal['cpu'] | os.PathLike[str]"
 
 DEFAULT_BUCKET_BYTES = 16 * 2**20
 
@@ -51,6 +54,7 @@ class Options:
     max_grad_norm: float | None
     state: State
     master: Master
+    offload: Offload | None
     bucket_bytes: int
     seed: int
 
@@ -71,10 +75,22 @@ class Options:
             )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"Invalid max_grad_norm: {self.max_grad_norm}, expected more than 0")
+        if self.offload not in (None, "cpu") and not isinstance(self.offload, os.PathLike):
+            raise ValueError(
+                f"Invalid offload: {self.offload!r}, expected 'cpu' or a directory as a "
+                "pathlib.Path"
+            )
+        if self.directory is not None and not hasattr(os, "posix_fallocate"):
+            raise ValueError("offload: this system can't reserve space in a file, expected Linux")
         if self.bucket_bytes <= 0:
             raise ValueError(f"Invalid bucket_bytes: {self.bucket_bytes}, expected more than 0")
         if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"Invalid seed: {self.seed!r}, expected an int of 64 bits")
+
+    @property
+    def directory(self) -> Path | None:
+        """Where the file is that state is offloaded to, if it is to one."""
+        return Path(self.offload) if isinstance(self.offload, os.PathLike) else None
 
     def describe_grads(self) -> str:
         """How gradients are exchanged, for the user."""
@@ -87,9 +103,12 @@ class Options:
         return f"state={self.state!r}, master={self.master!r}"
 
     def lines(self) -> list[str]:
-        """What must be equal on every rank, a line each."""
-        names = [field.name for field in fields(self) if field.name != "process_group"]
-        return [f"{name}={getattr(self, name)!r}" for name in names]
+        """What must be equal on every rank, a line each; its directory may be a rank's own."""
+        own = ("process_group", "offload")
+        names = [field.name for field in fields(self) if field.name not in own]
+        lines = [f"{name}={getattr(self, name)!r}" for name in names]
+        kind = "to a directory" if self.directory is not None else f"= {self.offload!r}"
+        return [*lines, f"offload {kind}"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Options:
         """Shared by copies: a process group can't be copied, and need not be."""

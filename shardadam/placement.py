@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from shardadam.agreement import Point, digest, first_difference, meet
-from shardadam.buffers import FlatBucket, Storage, describe, real_dtype, real_numel
+from shardadam.buffers import FlatBucket, describe, real_dtype, real_numel
 from shardadam.collectives import Communicator
 from shardadam.kernels import supports
 from shardadam.kernels.state_formats import FORMATS
 from shardadam.layout import ALIGNMENT, Bucket, Entry, plan_buckets
 from shardadam.options import Options
+from shardadam.storage import StateMemory, Storage
 
 _BFLOAT16_MASTERS = {
     **{"auto": "remainder", "split": "remainder", "split8": "remainder8"},
@@ -156,6 +157,7 @@ def place(
     scalars: dict[str, float],
     communicator: Communicator,
     options: Options,
+    memory: StateMemory,
     *,
     scalars_on_device: bool,
 ) -> list[FlatBucket]:
@@ -170,18 +172,29 @@ def place(
         scalars: the per-param scalars of the state and their initial values.
         communicator: the ranks.
         options: the optimizer's.
+        memory: where the state is to be.
         scalars_on_device: whether the scalars are where the params are, or on the host.
 
     Raises:
         ValueError: a param that can't be optimized, or one that differs between ranks; every rank
             raises.
+        OSError: there is no room for the state; other ranks raise RuntimeError. Nothing has been
+            taken over.
     """
-    masters: list[str | None] = []
-    error = None
+    buckets: list[tuple[Bucket, Storage]] = []
+    error: Exception | None = None
     try:
         masters = [_master(candidate, communicator.device, options) for candidate in candidates]
         _refuse_shared_memory(candidates)
-    except ValueError as caught:
+        buckets = _plan(candidates, masters, communicator.world_size, options, memory)
+        memory.reserve(
+            [
+                size
+                for bucket, how in buckets
+                for size in how.sizes(how.tensors(how.amsgrad), bucket.shard_numel)
+            ]
+        )
+    except (ValueError, OSError) as caught:
         error = caught
     lines = [*map(str, candidates), *settings]
     words = {"layout": digest("\n".join(lines)), "ordinal": communicator.next_ordinal()}
@@ -193,23 +206,8 @@ def place(
             f"expected the same params and hyperparameters on every rank: {difference}"
         )
 
-    buckets: list[Bucket] = []
-    keys = [
-        (real_dtype(candidate.param), candidate.amsgrad, master)
-        for candidate, master in zip(candidates, masters, strict=True)
-    ]
-    for key in dict.fromkeys(keys):
-        entries = [
-            Entry(index, candidate.group, real_numel(candidate.param))
-            for index, candidate in enumerate(candidates)
-            if keys[index] == key
-        ]
-        bucket_numel = options.bucket_bytes // key[0].itemsize
-        buckets += plan_buckets(entries, bucket_numel, communicator.world_size)
-    # In the order in which backward completes them, also across dtypes.
-    buckets.sort(key=lambda bucket: -min(span.param for span in bucket.spans))
     flat_buckets = []
-    for bucket in buckets:
+    for bucket, storage in buckets:
         indices = [span.param for span in bucket.spans]
         flat_buckets.append(
             FlatBucket(
@@ -218,18 +216,42 @@ def place(
                 [candidates[index].name for index in indices],
                 [numbers[candidates[index].param] for index in indices],
                 communicator.rank,
-                Storage(
-                    FORMATS[options.state],
-                    masters[indices[0]],
-                    candidates[indices[0]].amsgrad,
-                    options.seed,
-                ),
+                storage,
                 scalars,
                 scalars_on_device=scalars_on_device,
             )
         )
     _share_values(flat_buckets, communicator)
     return flat_buckets
+
+
+def _plan(
+    candidates: Sequence[Candidate],
+    masters: Sequence[str | None],
+    world_size: int,
+    options: Options,
+    memory: StateMemory,
+) -> list[tuple[Bucket, Storage]]:
+    """The buckets of ``candidates``, and how the state of each is stored."""
+    buckets: list[tuple[Bucket, Storage]] = []
+    keys = [
+        (real_dtype(candidate.param), candidate.amsgrad, master)
+        for candidate, master in zip(candidates, masters, strict=True)
+    ]
+    for key in dict.fromkeys(keys):
+        dtype, amsgrad, master = key
+        entries = [
+            Entry(index, candidate.group, real_numel(candidate.param))
+            for index, candidate in enumerate(candidates)
+            if keys[index] == key
+        ]
+        form = FORMATS[options.state]
+        storage = Storage(dtype, form, master, amsgrad, options.seed, memory)
+        planned = plan_buckets(entries, options.bucket_bytes // dtype.itemsize, world_size)
+        buckets += [(bucket, storage) for bucket in planned]
+    # In the order in which backward completes them, also across dtypes.
+    buckets.sort(key=lambda planned: -min(span.param for span in planned[0].spans))
+    return buckets
 
 
 def _master(candidate: Candidate, device: torch.device, options: Options) -> str | None:
@@ -243,6 +265,16 @@ def _master(candidate: Candidate, device: torch.device, options: Options) -> str
         raise ValueError(
             f"{name}: expected a dense float32, float64, bfloat16, float16 or complex param, "
             f"found {describe(param)} ({param.layout})"
+        )
+    if options.directory is not None and device.type != "cpu":
+        raise ValueError(
+            f"{name} is on {device}, and a file holds the state of params on the CPU: expected "
+            'offload="cpu"'
+        )
+    if options.offload == "cpu" and device.type != "cuda":
+        raise ValueError(
+            f'{name} is on {device}, and offload="cpu" is for params on a GPU: expected no offload '
+            "or a directory"
         )
     if options.state != "fp32" and (param.is_complex() or param.dtype == torch.float64):
         raise ValueError(

@@ -9,11 +9,14 @@ from torch import Tensor
 from shardadam import consolidation
 from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
+from shardadam.forward import ForwardGate
+from shardadam.kernels import Backend
 from shardadam.options import Options
 from shardadam.placement import Candidate
 from shardadam.shown_state import ShownState
 from shardadam.state_dict import ids_of, others, pack, plan_edits, plan_load
 from shardadam.steps import Steps
+from shardadam.storage import StateMemory
 
 
 class ShardedState(torch.optim.Optimizer):
@@ -23,6 +26,9 @@ class ShardedState(torch.optim.Optimizer):
     _loading: dict[str, Any] | None = None
     _options: Options
     _communicator: Communicator
+    _backend: Backend
+    _memory: StateMemory
+    _gate: ForwardGate | None
     _buckets: list[FlatBucket]
     _places: dict[Tensor, tuple[FlatBucket, int]]
     _rounds: list[Sequence[Candidate]]
@@ -155,3 +161,21 @@ class ShardedState(torch.optim.Optimizer):
         self._show(others(state))
         super().__setstate__({**state, "state": self.state})
         self._forget_grads()
+
+    def __repr__(self) -> str:
+        """Torch's, and what runs: ranks, gradients, memory, kernel."""
+        if not self._sharded:
+            return super().__repr__()
+        ranks = self._communicator
+        held = sum(t.nbytes for bucket in self._buckets for t in bucket.state.values())
+        padding = sum(bucket.padding_bytes for bucket in self._buckets)
+        beside = (
+            "" if self._gate is None else f"gathered beside {self._gate.model_name}'s forward, "
+        )
+        return (
+            f"{super().__repr__()}\n"
+            f"sharded: rank {ranks.rank} of {ranks.world_size} ({ranks.backend}), "
+            f"{self._options.describe_grads()}, {beside}{len(self._buckets)} buckets, "
+            f"{self._options.describe_state()}: {held:,} bytes {self._memory.where()}, "
+            f"{padding:,} of them padding, update by {self._backend.name}"
+        )

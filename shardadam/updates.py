@@ -1,14 +1,14 @@
 """What of a bucket is to be updated: runs for the kernel, and the steps that they count."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from shardadam.buffers import FlatBucket
 from shardadam.gradients import BucketGrads
-from shardadam.kernels import Coefficients, Hyperparameters, Run, Slot
+from shardadam.kernels import Backend, Coefficients, Hyperparameters, Run, Slot
 from shardadam.steps import Planned, Steps
 
 
@@ -21,13 +21,38 @@ class Update:
     runs: list[Run]
 
 
-def add_amsgrad(bucket: FlatBucket, param_groups: Sequence[dict[str, Any]]) -> bool:
-    """Whether AMSGrad was switched on since ``bucket`` was made, whose state then grows here."""
-    amsgrad = any(param_groups[group].get("amsgrad") for group in bucket.groups)
-    if not amsgrad or bucket.has_maximum:
-        return False
-    bucket.add_maximum()
-    return True
+class Updater(Protocol):
+    """Who makes updates. ``error``: what has kept it from making one; it makes no more then."""
+
+    error: OSError | None
+
+    def run(self, updates: Sequence[Update], skip: Tensor | None) -> Iterator[Update]:
+        """Make ``updates``, and yield each when its params are updated. To be gone through."""
+
+
+class InPlace:
+    """Updates state where it is."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.error: OSError | None = None
+        self._backend = backend
+
+    def run(self, updates: Sequence[Update], skip: Tensor | None) -> Iterator[Update]:
+        """As in `Updater`."""
+        for update in updates:
+            self._backend.update(update.runs, skip)
+            yield update
+
+
+def lack_maximum(
+    buckets: Iterable[FlatBucket], param_groups: Sequence[dict[str, Any]]
+) -> list[FlatBucket]:
+    """Those for which AMSGrad was switched on since they were made."""
+    return [
+        bucket
+        for bucket in buckets
+        if not bucket.has_maximum and any(param_groups[g].get("amsgrad") for g in bucket.groups)
+    ]
 
 
 def plan(

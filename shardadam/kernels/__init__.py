@@ -22,6 +22,7 @@ __all__ = [
     "Backend",
     "Coefficients",
     "Hyperparameters",
+    "OnHost",
     "Row",
     "Run",
     "Slot",
@@ -86,10 +87,34 @@ class _Reference:
         reference.mean(shards, out)
 
 
-def backend_for(device: torch.device) -> Backend:
+class OnHost:
+    """Updates what has been brought to the host, and measures gradients where they are.
+
+    Args:
+        host: updates, in the thread that calls it.
+        device: the rest.
+    """
+
+    folds_on_device = False
+
+    def __init__(self, host: Backend, device: Backend) -> None:
+        self._host = host
+        self.name = f"{host.name} on the host, norms by {device.name}"
+        self.sum_squares, self.root, self.mean = device.sum_squares, device.root, device.mean
+
+    def prepare(self, runs: Sequence[Run]) -> None:
+        """Nothing: what runs on the host needs no loading."""
+
+    def update(self, runs: Sequence[Run], skip: Tensor | None = None) -> None:
+        """As in `Backend`."""
+        self._host.update(runs, skip)
+
+
+def backend_for(device: torch.device, threads: int | None = None) -> Backend:
     """The backend for one optimizer: compiled kernels on CPU and CUDA, else torch operations.
 
-    All give the same bits; the kernels are faster by more than an order of magnitude.
+    All give the same bits; the kernels are faster by more than an order of magnitude. ``threads``:
+    see `cpu.Twin`.
 
     Raises:
         ValueError: a GPU that is too old.
@@ -97,7 +122,7 @@ def backend_for(device: torch.device) -> Backend:
     if device.type == "cpu":
         library, why_not = cpu.load()
         if library is not None:
-            return cpu.Twin(library)
+            return cpu.Twin(library, threads)
     elif device.type == "cuda" and torch.version.hip is None:
         kernels, why_not = cuda_driver.load(device)
         if kernels is not None:

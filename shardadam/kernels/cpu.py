@@ -124,11 +124,15 @@ def _pointers(addresses: "array[int]") -> ctypes.c_void_p:
 
 
 class Twin:
-    """The compiled twin as a `Backend`. Threads follow ``torch.get_num_threads()``."""
+    """The compiled twin as a `Backend`.
+
+    ``threads``: how many `update` may use; None: ``torch.get_num_threads()``.
+    """
 
     folds_on_device = False
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, threads: int | None = None) -> None:
+        self._threads = threads
         library.shardadam_isa.restype = ctypes.c_char_p
         library.shardadam_update.restype = ctypes.c_int64
         library.shardadam_sum_squares.restype = ctypes.c_int64
@@ -175,7 +179,7 @@ class Twin:
             _pointers(grad_addresses),
             _pointers(coefficient_addresses),
             ctypes.c_int64(len(runs)),
-            ctypes.c_int32(torch.get_num_threads()),
+            ctypes.c_int32(self._threads or torch.get_num_threads()),
         )
         if failed:
             raise ValueError(runs[failed - 1].no_kernel)
