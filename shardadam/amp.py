@@ -59,8 +59,16 @@ def agree(optimizer: torch.optim.Optimizer, communicator: Communicator, scaled: 
     return Scaling(lowest, lowest / own, found)
 
 
-def check(optimizer: torch.optim.Optimizer) -> None:
-    """Raise where GradScaler had nothing to look at: it would fail itself, with less to say."""
+def check(optimizer: torch.optim.Optimizer, reduced: bool) -> None:
+    """Raise where GradScaler had nothing to look at: it would fail itself, with less to say.
+
+    ``reduced``: gradients of ranks that may differ in their scales have been averaged already.
+    """
+    if reduced and in_use(optimizer):
+        raise RuntimeError(
+            "gradients were reduced during backward, in which ranks with GradScalers may differ in "
+            "scale: expected DDP without the hook (or bfloat16, without a GradScaler)"
+        )
     # It adds up the flags of the devices where it saw gradients: a plain 0 if there are none.
     if isinstance(getattr(optimizer, "found_inf", None), int):
         raise RuntimeError(

@@ -62,6 +62,7 @@ class Backward:
         self._arrived: list[int] = []
         self._expected: list[int] = []
         self._sent = 0
+        self._index: dict[Tensor, int] = {}  # of the bucket of a param, where DDP asks
         self._pass: int | None = None  # autograd's id of the backward pass under way
         self._error: Exception | None = None  # for its end
         self._presence: dict[BucketGrads, Union] = {}
@@ -107,6 +108,7 @@ class Backward:
         if self._pass != under_way:
             # Also after a backward pass that was broken off by an exception.
             self._begin()
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
             self._pass = under_way
         self._arrived[index] += 1
         # Every rank must reduce the same bucket at the same time, whatever the order they fill in.
@@ -114,6 +116,42 @@ class Backward:
             if self._arrived[self._sent] < self._expected[self._sent]:
                 break
             self._send()
+
+    def on_ddp_bucket(self, params: Sequence[Tensor], *, first: bool, last: bool) -> None:
+        """DDP has these gradients, and leaves their reduction to this.
+
+        Outside a backward pass this rank has run out of inputs, and takes part in the others'.
+        """
+        reducer = self._reducer
+        if reducer.eager or self.early is not None:
+            raise ValueError(
+                "DDP keeps gradients, and shard_grads=True and update_in_backward=True free them: "
+                "expected neither with DDP's hook, or no DDP"
+            )
+        if self._communicator.world_size == 1:
+            return
+        if not reducer.exchanges:
+            raise ValueError(
+                'with the hook DDP does not average gradients: expected grad_sync="mean", found '
+                '"none"'
+            )
+        if first:
+            reducer.keeps = True
+            self._index = {
+                param: index
+                for index, grads in enumerate(reducer.grads)
+                for param in grads.bucket.params
+            }
+        joins = torch._C._current_graph_task_id() < 0
+        if joins and first:
+            for param in self._index:
+                param.grad = None
+            self._begin()
+        for param in params:
+            if param in self._index and not joins:
+                self.on_grad(self._index[param])
+        if joins and last:
+            self._end()
 
     def _begin(self) -> None:
         self._sent, self._error = 0, None
@@ -129,7 +167,6 @@ class Backward:
         seen = meet(self._communicator, Point.BACKWARD, words, error)
         if not seen["hyperparameters"].agreed:
             raise difference(self._communicator, lines)
-        torch.autograd.Variable._execution_engine.queue_callback(self._end)
         self._reducer.land()
 
     def _check_early(self) -> list[str]:
@@ -204,6 +241,9 @@ class Backward:
             settle()
         else:
             self._reducer.reduce(present)
+        if self._reducer.keeps and self._pass is not None:
+            # After DDP's own callback, which writes the gradients.
+            torch.autograd.Variable._execution_engine.queue_callback(self._reducer.keep)
         self._pass = None
 
 

@@ -106,18 +106,24 @@ class BucketGrads:
 
 
 class GradReducer:
-    """All buckets' gradients. ``exchanges``: they are averaged here; ``eager``: during backward."""
+    """All buckets' gradients.
+
+    ``exchanges``: they are averaged here; ``eager``: during backward. ``keeps``: the last backward
+    pass has reduced them too, for DDP, and ``param.grad`` is still there.
+    """
 
     def __init__(self, communicator: Communicator, grad_sync: str, shard_grads: bool) -> None:
         self.exchanges = grad_sync == "mean" and communicator.world_size > 1
         self.eager = self.exchanges and shard_grads
         self.grads: list[BucketGrads] = []
+        self.keeps = False
         self.left_over = False  # gradients have been left in param.grad by no_sync()
         self.landed: weakref.WeakMethod[Any] | None = None  # what follows, in backward
         self._communicator = communicator
         self._hint = self.exchanges
         self._under_way: deque[tuple[BucketGrads | None, Tensor, Exchange]] = deque()
         self._sent = 0
+        self._kept: list[tuple[Tensor, int] | None] | None = None
 
     @property
     def updated(self) -> bool:
@@ -130,7 +136,8 @@ class GradReducer:
 
     def clear(self) -> None:
         """Forget reduced gradients; ``param.grad`` is not touched."""
-        self.left_over = False
+        self.left_over = self.keeps = False
+        self._kept = None
         # What an exception left under way in backward lands, and counts for nothing.
         self._under_way = deque((None, mean, exchange) for _, mean, exchange in self._under_way)
         for grads in self.grads:
@@ -168,6 +175,13 @@ class GradReducer:
                             "all but the last backward pass under no_sync(), and no DDP wrapper "
                             "with update_in_backward=True"
                         )
+        changed = None if self._kept is None else self.changed_since(self._kept)
+        if changed is not None:
+            raise ValueError(
+                f"the gradient of {changed} changed after backward had reduced it: expected "
+                "optimizer.clip_grad_norm_() or max_grad_norm to clip it, and all but the last "
+                "backward pass under DDP's no_sync()"
+            )
         if self.eager and not self.left_over:
             for grads in self.grads:
                 for name, done, grad in zip(
@@ -251,7 +265,7 @@ class GradReducer:
         flags = iter(present)
         for grads in self.grads:
             grads.present = list(itertools.islice(flags, len(grads.present)))
-            if self.exchanges and not self.eager and any(grads.present):
+            if self.exchanges and not (self.eager or self.keeps) and any(grads.present):
                 self.send(grads, rescale)
         self.land()
 
@@ -298,8 +312,14 @@ class GradReducer:
         """As `send`, and free the full gradients; what is wrong with one, which is left out."""
         error = self.take(grads)
         self.send(grads, transient=transient)
-        grads.free()
+        if not self.keeps:
+            grads.free()
         return error
+
+    def keep(self) -> None:
+        """Remember the gradients that have been reduced: changes to them would be lost."""
+        self.look()
+        self._kept = self.versions()
 
     def take(self, grads: BucketGrads) -> Exception | None:
         """Look at local gradients; what is wrong with one, which is left out.

@@ -367,7 +367,7 @@ class ShardedOptimizer(ShardedState):
         self._reducer.look()
         self._reducer.check(any(group.get("differentiable") for group in self.param_groups))
         clipping.check(self._clipped, self._reducer)
-        amp.check(self)
+        amp.check(self, self._reducer.keeps)
 
     def _reserve_maxima(self) -> None:
         """Make sure that there is room for what AMSGrad, if it was switched on, needs."""

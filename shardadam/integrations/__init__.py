@@ -1,0 +1,1 @@
+"""One thin module for each framework; none is imported unless asked for."""
