@@ -149,18 +149,21 @@ class EntryReader:
     def _format(self, entry: Mapping[str, Any]) -> StateFormat:
         """The format that is in ``entry``: the bucket's, if that is there among others."""
         form, param = self._bucket.form, self._bucket.dtype
+        dtypes = {key: getattr(value, "dtype", None) for key, value in entry.items()}
         names = {
             name
             for known in FORMATS.values()
             for name in known.tensors(True).values()
             if self._shown(name) in entry
             # Codes of another dtype: torch.optim has had them, as in `_is_stale`.
-            and (not known.has_scales or entry[self._shown(name)].dtype == known.dtype(name, param))
+            and (not known.has_scales or dtypes[self._shown(name)] == known.dtype(name, param))
         }
         saved = form if names.issuperset(form.tensors(False).values()) else format_of(names)
         if saved is not None:
             return saved
-        if any(str(name).startswith("exp_avg_ratio_scale") for name in entry):
+        scale = FORMATS["q16"].tensors(False)["exp_avg_scale"]
+        scales = {key for key in entry if str(key).partition("@")[0] == scale}
+        if scales - {self._shown(scale)}:
             raise ValueError(
                 f"{self._name}: its moments are coded in blocks of another order of memory "
                 "(channels_last, transposed): expected the strides that it was saved with. What "

@@ -206,3 +206,23 @@ def test_codes_without_their_scales_are_refused(tmp_path, capsys):
     torch.save({"model": model.state_dict(), "optim": optim}, tmp_path / "torch")
     error = refused(capsys, "convert", tmp_path / "torch", tmp_path / "new", "--to", "ours")
     assert "2.weight: expected whole coded moments, found ['exp_avg_ratio'" in error
+
+
+@pytest.mark.parametrize("order", ["", "0-0", "1-0-2", "x", "9"])
+def test_an_order_of_dims_that_is_none_is_refused(order, tmp_path, capsys):
+    model, optimizer = make("lean", 4096)
+    advance(model, optimizer, range(3))
+    optim = optimizer.state_dict()
+    for name in [name for name in optim["state"][2] if name.endswith("_scale")]:
+        optim["state"][2][f"{name}@{order or '1-'}"] = optim["state"][2].pop(name)
+    torch.save({"model": model.state_dict(), "optim": optim}, tmp_path / "torch")
+    error = refused(capsys, "convert", tmp_path / "torch", tmp_path / "new", "--to", "ours")
+    assert "2.weight: expected an order of its dims, found" in error
+
+
+def test_codes_that_are_no_tensors_are_refused():
+    _, optimizer = make("lean", 4096)
+    saved = optimizer.state_dict()
+    saved["state"][2]["exp_avg_ratio"] = 0.5
+    with pytest.raises(ValueError, match="2.weight: the state dict has no 'exp_avg_ratio' for it"):
+        optimizer.load_state_dict(saved)

@@ -53,9 +53,9 @@ class Fitter:
             entry.name: i for i, entry in enumerate(reader.entries) if entry.kind == "param"
         }
 
-    def _pass(self, note: str) -> None:
+    def _pass(self, note: str, does: str = "lets it pass") -> None:
         if self._strict:
-            raise CheckpointError(f"{note} (strict=False lets it pass)")
+            raise CheckpointError(f"{note} (strict=False {does})")
         self.fit.notes.append(note)
 
     # ---- params ---------------------------------------------------------------------------------
@@ -110,14 +110,16 @@ class Fitter:
             if entries[index].scalars is not None and self._reader.form(index) is not shard.form
         ]
         for saved, here in sorted({(self._reader.form(i).name, s.form.name) for i, s in converted}):
-            self._pass(f"moments are {saved} in the checkpoint, expected {here}")
+            note = f"moments are {saved} in the checkpoint, expected {here}"
+            self._pass(note, "converts them")
         for index, shard in converted:
             check_moments(self._reader, index, shard)
         for index, shard in pairs:
             saved_bits, bits = self._reader.master_bits(index), shard.master_bits
             if entries[index].dtype == dtype_name(shard.param) and saved_bits > bits:
                 name = entries[index].name
-                self._pass(f"{name}: master weights of {saved_bits} bits, expected {bits}")
+                note = f"{name}: master weights of {saved_bits} bits, expected {bits}"
+                self._pass(note, "rounds them")
                 break  # as will be others
 
     def _shard(self, index: int, shard: ParamShard, in_groups: set[str]) -> None:

@@ -42,7 +42,10 @@ def _decoded(name: str, stored: dict[str, Any], like: Tensor, order: str) -> dic
     form = format_of(stored)
     assert form is not None
     long = [dim for dim in range(like.dim()) if like.shape[dim] != 1]
-    dims = [int(dim) for dim in order.split("-")] if order else long
+    try:
+        dims = [int(dim) for dim in order.split("-")] if order else long
+    except ValueError:
+        dims = []
     blocks = -(-like.numel() // BLOCK)
     for key, tensor in stored.items():
         shape = (blocks,) if is_scale(key) else tuple(like.shape)
