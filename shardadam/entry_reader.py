@@ -129,7 +129,7 @@ class EntryReader:
             return dict.fromkeys(form.tensors(maximum).values())
         saved = self._format(entry)
         names = saved.tensors(saved.names[2] in entry)
-        stored = {name: self._own(name, entry[self._shown(name)]) for name in names.values()}
+        stored = {name: self._stored(saved, name, entry) for name in names.values()}
         if maximum:
             # Saved without AMSGrad: the largest so far is not known, the latest is a bound.
             for field, name in saved.tensors(True).items():
@@ -149,14 +149,17 @@ class EntryReader:
     def _format(self, entry: Mapping[str, Any]) -> StateFormat:
         """The format that is in ``entry``: the bucket's, if that is there among others."""
         form, param = self._bucket.form, self._bucket.dtype
-        dtypes = {key: getattr(value, "dtype", None) for key, value in entry.items()}
         names = {
             name
             for known in FORMATS.values()
             for name in known.tensors(True).values()
             if self._shown(name) in entry
             # Codes of another dtype: torch.optim has had them, as in `_is_stale`.
-            and (not known.has_scales or dtypes[self._shown(name)] == known.dtype(name, param))
+            and (
+                not known.has_scales
+                or not isinstance(value := entry[self._shown(name)], Tensor)
+                or value.dtype == known.dtype(name, param)
+            )
         }
         saved = form if names.issuperset(form.tensors(False).values()) else format_of(names)
         if saved is not None:
@@ -169,9 +172,21 @@ class EntryReader:
                 "(channels_last, transposed): expected the strides that it was saved with. What "
                 "consolidate_state_dict() returns, and checkpoints of shardadam.checkpoint, fit any"
             )
-        missing = next(name for name in form.tensors(False).values() if name not in names)
+        raise self._lacks(next(name for name in form.tensors(False).values() if name not in names))
+
+    def _stored(self, saved: StateFormat, name: str, entry: Mapping[str, Any]) -> Tensor:
+        """This rank's elements of the tensor ``name`` of format ``saved``."""
+        shown = self._shown(name)
+        if shown not in entry:
+            raise self._lacks(name)
+        own, dtype = self._own(name, entry[shown]), saved.dtype(name, self._bucket.dtype)
+        if saved.has_scales and own.dtype != dtype:
+            raise ValueError(f"{self._name}: expected {name} in {dtype}, found {own.dtype}")
+        return own
+
+    def _lacks(self, name: str) -> ValueError:
         where = "the state dict" if self._views is None else "optimizer.state"
-        raise ValueError(f"{self._name}: {where} has no {missing!r} for it")
+        return ValueError(f"{self._name}: {where} has no {name!r} for it")
 
     # ---- master weights -------------------------------------------------------------------------
 

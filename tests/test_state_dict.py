@@ -177,6 +177,31 @@ def test_a_dict_that_does_not_fit_changes_nothing(spoil, message):
         assert all(torch.equal(value, after["state"][index][name]) for name, value in entry.items())
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda entry: entry.pop("max_exp_avg_sq_q16_scale"),
+            "the state dict has no 'max_exp_avg_sq_q16_scale' for it",
+        ),
+        (
+            lambda entry: entry.update(exp_avg_ratio="x"),
+            "expected a tensor for 'exp_avg_ratio', found str",
+        ),
+        (
+            lambda entry: entry.update(max_exp_avg_sq_q16=torch.zeros(65, 90)),
+            "expected max_exp_avg_sq_q16 in torch.int16, found torch.float32",
+        ),
+    ],
+)
+def test_codes_that_do_not_fit_are_refused(spoil, message):
+    optimizer = shardadam.AdamW(mlp().named_parameters(), memory="lean", amsgrad=True)
+    saved = optimizer.state_dict()
+    spoil(saved["state"][2])
+    with pytest.raises(ValueError, match=re.escape(f"2.weight: {message}")):
+        optimizer.load_state_dict(saved)
+
+
 def shards_elsewhere(rank: int, folder: str) -> None:
     model = mlp()
     optimizer = shardadam.AdamW(model.named_parameters())
