@@ -244,7 +244,7 @@ def fuzz_in_child(rank: int, *args) -> dict:
 @pytest.mark.parametrize("here", ["fp32", "q8"])
 def test_ten_thousand_mutants(saved, here, tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-    optimizer = shardadam.AdamW(model.parameters(), state=saved)
+    optimizer = shardadam.AdamW(model.parameters(), state=saved, amsgrad=True)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
     extras = {"ema": torch.ones(3, 2), "note": ("a", 1)}
     objects = {"optimizer": optimizer, "model": model, "lr_scheduler": scheduler}

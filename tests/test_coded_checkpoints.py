@@ -16,6 +16,7 @@ from saved_runs import load_converted, step
 from shardadam import checkpoint
 from shardadam.checkpoint import CheckpointError
 from shardadam.kernels.state_formats import FORMATS
+from test_checkpoint_hostile import reason, rewritten
 from test_cli import refused, run
 
 pytestmark = [
@@ -139,6 +140,16 @@ def test_masters_are_rounded_where_that_is_let_pass(before, after, tmp_path):
         torch.testing.assert_close(found, exact, rtol=rtol, atol=0)
 
 
+def reordered(dims: str):
+    """Renames the scales to those of another order of dims."""
+
+    def spoil(entry: dict) -> None:
+        for name in [name for name in entry if name.endswith("_scale")]:
+            entry[f"{name}@{dims}"] = entry.pop(name)
+
+    return spoil
+
+
 def masters(optimizer: shardadam.AdamW, param: nn.Parameter) -> torch.Tensor:
     state = optimizer.state[param]
     if "master" in state:
@@ -208,21 +219,74 @@ def test_codes_without_their_scales_are_refused(tmp_path, capsys):
     assert "2.weight: expected whole coded moments, found ['exp_avg_ratio'" in error
 
 
-@pytest.mark.parametrize("order", ["", "0-0", "1-0-2", "x", "9"])
-def test_an_order_of_dims_that_is_none_is_refused(order, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda entry: entry.pop("max_exp_avg_sq_q16_scale"),
+            "expected whole coded moments, found",
+        ),
+        (
+            lambda entry: entry.update(exp_avg_sq_q8=entry["exp_avg_ratio"].byte()),
+            "expected whole coded moments, found",
+        ),
+        (
+            lambda entry: entry.update({"exp_avg_ratio_scale@1-0": entry["exp_avg_ratio_scale"]}),
+            "expected whole coded moments, found",
+        ),
+        (reordered("0-x"), "expected an order of its dims, found '0-x'"),
+        (reordered("0-0"), "expected an order of its dims, found '0-0'"),
+    ],
+)
+def test_codes_that_do_not_belong_together_are_refused(spoil, message, tmp_path, capsys):
     model, optimizer = make("lean", 4096)
     advance(model, optimizer, range(3))
+    optimizer.param_groups[0]["amsgrad"] = True
+    advance(model, optimizer, range(3, 4))
     optim = optimizer.state_dict()
-    for name in [name for name in optim["state"][2] if name.endswith("_scale")]:
-        optim["state"][2][f"{name}@{order or '1-'}"] = optim["state"][2].pop(name)
+    spoil(optim["state"][2])
     torch.save({"model": model.state_dict(), "optim": optim}, tmp_path / "torch")
     error = refused(capsys, "convert", tmp_path / "torch", tmp_path / "new", "--to", "ours")
-    assert "2.weight: expected an order of its dims, found" in error
+    assert f"2.weight: {message}" in error
 
 
-def test_codes_that_are_no_tensors_are_refused():
-    _, optimizer = make("lean", 4096)
-    saved = optimizer.state_dict()
-    saved["state"][2]["exp_avg_ratio"] = 0.5
-    with pytest.raises(ValueError, match="2.weight: expected a tensor for 'exp_avg_ratio'"):
-        optimizer.load_state_dict(saved)
+@pytest.mark.parametrize("missing", ["max_exp_avg_sq_q16", "max_exp_avg_sq_q16_scale"])
+def test_a_checkpoint_with_half_a_maximum_is_refused(missing, tmp_path):
+    param = nn.Parameter(torch.ones(300))
+    optimizer = shardadam.AdamW([param], state="q16", amsgrad=True)
+    checkpoint.save(tmp_path, step=1, optimizer=optimizer)
+
+    def change(value: dict) -> None:
+        (shards,) = value["files"]
+        shards[:] = [shard for shard in shards if shard[1] != missing]
+
+    rewritten(tmp_path / "step-00000001", change)
+    assert f"{missing} of 'param 0 of group 0': expected" in reason(tmp_path / "step-00000001")
+
+
+@pytest.mark.parametrize("part", ["master", "remainder", "remainder8"])
+def test_masters_of_params_that_have_none_are_refused(part, tmp_path):
+    param = nn.Parameter(torch.ones(300))
+    optimizer = shardadam.AdamW([param])
+    checkpoint.save(tmp_path, step=1, optimizer=optimizer)
+    rewritten(
+        tmp_path / "step-00000001", lambda m: m["files"][0].append([0, part, 0, 300, "0" * 32])
+    )
+    assert f"expected no {part} of float32 params" in reason(tmp_path / "step-00000001")
+
+
+@pytest.mark.parametrize("state", FORMATS)
+def test_convert_gives_an_empty_param_a_maximum(state, tmp_path, capsys):
+    """torch's AMSGrad looks for it."""
+    params = [nn.Parameter(torch.ones(numel)) for numel in (300, 0)]
+    optimizer = shardadam.AdamW(params, state=state, amsgrad=True)
+    checkpoint.save(tmp_path, step=1, optimizer=optimizer)
+    code, _, _ = run(
+        capsys, "convert", tmp_path / "step-00000001", tmp_path / "new", "--to", "torch"
+    )
+    assert code == 0
+    plain = torch.optim.AdamW(params, amsgrad=True)
+    plain.load_state_dict(torch.load(tmp_path / "new")["optim"])
+    for param in params:
+        param.grad = torch.ones_like(param)
+    plain.step()

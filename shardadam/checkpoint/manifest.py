@@ -31,7 +31,7 @@ import torch
 import xxhash
 
 from shardadam.checkpoint.errors import CheckpointError
-from shardadam.checkpoint.parts import PARTS, dtype_of, parts_of, saved_format
+from shardadam.checkpoint.parts import PARTS, dtype_of, may_have, parts_of, saved_format
 from shardadam.kernels.state_formats import FORMATS, part_of
 
 VERSION = 1
@@ -311,6 +311,7 @@ def _shards(items: Any, entries: list[Entry], what: str) -> list[Shard]:
         _expect(_is_int(index, len(entries) - 1), what, f"one of {len(entries)} entries", index)
         entry = entries[index]
         _expect(part in _PARTS[entry.kind], what, f"one of {_PARTS[entry.kind]}", part)
+        _expect(may_have(part, entry.dtype), what, f"no {part} of {entry.dtype} params", part)
         limit = entry.part_numel(part)
         good = _is_int(offset) and _is_int(numel) and 0 < numel <= limit - offset
         _expect(good, f"{what}, {entry.name!r}", f"a range of {limit}", (offset, numel))
@@ -330,8 +331,10 @@ def _check_cover(entries: list[Entry], files: list[list[Shard]]) -> None:
     for index, entry in enumerate(entries):
         parts = {part for part in _PARTS[entry.kind] if (index, part) in ranges}
         parts |= {_PARTS[entry.kind][0]}
-        if entry.scalars is not None and saved_format(parts) is None:
-            parts |= set(parts_of(FORMATS["fp32"], False).values())
+        if entry.scalars is not None:
+            form = saved_format(parts) or FORMATS["fp32"]
+            latest, all_of = (set(parts_of(form, maximum).values()) for maximum in (False, True))
+            parts |= all_of if parts & (all_of - latest) else latest
         for part in sorted(parts):
             position = 0
             for offset, numel in sorted(ranges[index, part]):

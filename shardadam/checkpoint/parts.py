@@ -23,6 +23,8 @@ _MOMENTS = {
     part: (form, name) for form in FORMATS.values() for name, part in parts_of(form, True).items()
 }
 PARTS = (VALUES, *_MOMENTS, *MASTERS)
+MAXIMA = frozenset(parts_of(form, True)[form.names[2]] for form in FORMATS.values())
+"""What AMSGrad's maximum is called, in any format."""
 
 
 def dtype_of(part: str, dtype: torch.dtype) -> torch.dtype:
@@ -33,6 +35,13 @@ def dtype_of(part: str, dtype: torch.dtype) -> torch.dtype:
         form, name = _MOMENTS[part]
         return form.dtype(name, dtype)
     return dtype
+
+
+def may_have(part: str, dtype: str) -> bool:
+    """Whether a param of ``dtype``, as a manifest has it, may have ``part``: masters not every."""
+    if part not in MASTERS:
+        return True
+    return dtype == "bfloat16" or (dtype == "float16" and part == "master")
 
 
 def saved_format(parts: Iterable[str]) -> StateFormat | None:

@@ -10,7 +10,7 @@ from shardadam.checkpoint import plain
 from shardadam.checkpoint.contents import Contents, Piece, dims_of, dtype_name, flat
 from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.manifest import DTYPES, Entry
-from shardadam.checkpoint.parts import VALUES
+from shardadam.checkpoint.parts import MAXIMA, VALUES, may_have
 from shardadam.checkpoint.reading import Reader
 from shardadam.checkpoint.saving import write_contents
 from shardadam.checkpoint.verifying import Opened
@@ -115,7 +115,7 @@ def _moments(reader: Reader, number: int, used: set[tuple[str, str]]) -> dict[st
     """Whole moments, decoded."""
     entry = reader.entries[number]
     moments = reader.moments(number, 0, entry.numel, entry.dims)
-    if not entry.numel and (entry.dtype, "max_exp_avg_sq") in used:
+    if not entry.numel and any((entry.dtype, part) in used for part in MAXIMA):
         moments["max_exp_avg_sq"] = moments["exp_avg_sq"]
     return {name: _shaped(entry, values) for name, values in moments.items()}
 
@@ -161,7 +161,8 @@ def _add(
     for key, value in (state or {}).items():
         if key in SCALARS:
             continue
-        if key not in (*MOMENTS, *MASTERS) or not isinstance(value, Tensor):
+        ours = key in (*MOMENTS, *MASTERS) and may_have(key, dtype)
+        if not ours or not isinstance(value, Tensor):
             found.left_out.append(f"{key} of {name}")
         elif value.shape != tensor.shape:
             raise CheckpointError(
