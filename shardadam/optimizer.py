@@ -375,13 +375,14 @@ class ShardedOptimizer(ShardedState):
             bucket.reserve_maximum()
 
     def _check_usable(self) -> None:
-        """Raise if an earlier step failed midway, or params are no longer the buckets' views."""
+        """Raise if an earlier step failed midway, params are no longer views, or betas no good."""
         if self._broken is not None:
             raise RuntimeError(
                 f"an earlier step() was broken off by {self._broken}: params and state of the "
                 "ranks may not belong together. Load a checkpoint into a new optimizer"
             )
         self._backward.check()
+        placement.check_betas(self.param_groups, self._options.state)
         for bucket in self._buckets:
             bucket.check_views()
 

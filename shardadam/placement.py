@@ -126,6 +126,22 @@ def block_numbers(param_groups: Sequence[dict[str, Any]]) -> dict[Tensor, int]:
     return numbers
 
 
+def check_betas(param_groups: Sequence[dict[str, Any]], state: str) -> None:
+    """Raise ValueError for betas with which no ratio of moments is bounded, if they are coded.
+
+    A block's scale would be that of an element without gradients, and all others' codes 0.
+    """
+    if not FORMATS[state].has_scales:
+        return
+    for index, group in enumerate(param_groups):
+        beta1, beta2 = map(float, group["betas"])
+        if beta1 and beta1 * beta1 >= beta2:
+            raise ValueError(
+                f"betas of group {index} are ({beta1}, {beta2}): state={state!r} needs beta1 "
+                'squared to be less than beta2, expected such betas or state="bf16"'
+            )
+
+
 def hyperparameters(param_groups: Sequence[dict[str, Any]], names: Iterable[str]) -> list[str]:
     """What of every group must be equal on every rank, a line each.
 

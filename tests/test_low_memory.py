@@ -307,3 +307,21 @@ def test_unknown_options(options, error):
 def test_float16_has_no_split(options):
     with pytest.raises(ValueError, match="is float16: master="):
         shardadam.AdamW(mlp(torch.float16).parameters(), **options)
+
+
+@pytest.mark.parametrize("state", ["q16", "q8"])
+def test_betas_that_bound_no_ratio_are_refused(state):
+    """An element without gradients would take the scale of its block for itself."""
+    param = torch.nn.Parameter(torch.ones(300))
+    optimizer = shardadam.AdamW([param], state=state, betas=(0.9, 0.8))
+    param.grad = torch.ones(300)
+    with pytest.raises(ValueError, match=r"betas of group 0 are \(0.9, 0.8\): state='q"):
+        optimizer.step()
+    assert (param == 1).all()
+    assert optimizer.state[param]["step"] == 0
+    optimizer.param_groups[0]["betas"] = (0.9, 0.82)
+    for number in range(2000):
+        param.grad = torch.ones(300)
+        param.grad[::16] = 1.0 if number == 0 else 0.0
+        optimizer.step()
+    assert param.isfinite().all()
