@@ -13,6 +13,7 @@ from shardadam.kernels.run import in_memory_order
 from shardadam.kernels.state_formats import (
     FORMATS,
     MASTERS,
+    MOMENTS,
     StateFormat,
     decode,
     encode,
@@ -25,17 +26,6 @@ from shardadam.shard_tensor import Extent, ShardTensor, extent_of
 from shardadam.shards import ParamShard, shard_of
 
 Write = Callable[[], object]
-
-# What an entry may hold of ours, but for the order of dims in a name: the rest is somebody else's.
-_OURS = frozenset(
-    ["step", "mu_product", *MASTERS]
-    + [name for form in FORMATS.values() for name in form.tensors(True).values()]
-)
-
-
-def is_ours(name: Any) -> bool:
-    """Whether ``name`` is that of a scalar or tensor of ours."""
-    return isinstance(name, str) and name.partition("@")[0] in _OURS
 
 
 def extent(shard: ParamShard, name: str, communicator: Communicator) -> Extent:
@@ -101,6 +91,7 @@ class EntryReader:
             for name in self._bucket.scalars:
                 if entry.get(name) is not views[name]:
                     edits[name] = self._scalar_edit(name, entry)
+            self._check_beside(entry, views)
         values = {**self._moments(entry, False), **self._master(entry)}
         for name, value in values.items():
             shown = self._shown(name)
@@ -108,6 +99,17 @@ class EntryReader:
                 # What was put there may be a view of what another write changes.
                 edits[name] = partial(self._write, name, None if value is None else value.clone())
         return edits
+
+    def _check_beside(self, entry: Mapping[str, Any], views: Mapping[str, Tensor]) -> None:
+        """Raise ValueError for moments that were put beside codes, which would be read first."""
+        form = self._bucket.form
+        codes = [self._shown(name) for name in form.tensors(False).values()]
+        put = [name for name in MOMENTS if name in entry and name not in views]
+        if form.has_scales and put and all(entry.get(code) is views[code] for code in codes):
+            raise ValueError(
+                f"{self._name}: {put[0]!r} was put into optimizer.state beside {codes[0]!r}, which "
+                "says the same in codes: expected exp_avg and exp_avg_sq in the place of all codes"
+            )
 
     def _scalar_edit(self, name: str, entry: Mapping[str, Any]) -> Write:
         value = entry.get(name)

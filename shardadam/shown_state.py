@@ -16,11 +16,23 @@ from typing import Any
 from torch import Tensor
 
 from shardadam.buffers import FlatBucket
+from shardadam.kernels.state_formats import FORMATS, MASTERS
 
 _WRITES = (
     *("__setitem__", "__delitem__", "__ior__"),
     *("clear", "pop", "popitem", "setdefault", "update"),
 )
+
+# What an entry may hold of ours, but for the order of dims in a name: the rest is somebody else's.
+_OURS = frozenset(
+    ["step", "mu_product", *MASTERS]
+    + [name for form in FORMATS.values() for name in form.tensors(True).values()]
+)
+
+
+def is_ours(name: Any) -> bool:
+    """Whether ``name`` is that of a scalar or tensor of ours."""
+    return isinstance(name, str) and name.partition("@")[0] in _OURS
 
 
 class _Notes:
@@ -65,9 +77,15 @@ class ShownState(defaultdict[Any, Any]):
         dict.update(self, state)
 
     def show(self, bucket: FlatBucket) -> None:
-        """Show the state of ``bucket``, whose params have entries."""
+        """Show the state of ``bucket``, whose params have entries.
+
+        What else is ours by its name was put there in another format, and has been taken.
+        """
         for index, param in enumerate(bucket.params):
             self.views[param] = bucket.state_of(index)
+            for name in [name for name in self[param] if is_ours(name)]:
+                if name not in self.views[param]:
+                    dict.__delitem__(self[param], name)
             dict.update(self[param], self.views[param])
 
     def __reduce__(self) -> tuple[Any, ...]:

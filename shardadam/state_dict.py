@@ -10,10 +10,10 @@ from torch import Tensor
 
 from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
-from shardadam.entry_reader import EntryReader, Write, extent, is_ours
+from shardadam.entry_reader import EntryReader, Write, extent
 from shardadam.shard_tensor import ShardTensor
 from shardadam.shards import ParamShard, shards_of
-from shardadam.shown_state import ShownState, plain
+from shardadam.shown_state import ShownState, is_ours, plain
 
 _Places = Mapping[Tensor, tuple[FlatBucket, int]]
 

@@ -325,3 +325,17 @@ def test_betas_that_bound_no_ratio_are_refused(state):
         param.grad[::16] = 1.0 if number == 0 else 0.0
         optimizer.step()
     assert param.isfinite().all()
+
+
+def test_moments_that_are_put_beside_codes_are_refused():
+    """Put in their place they are taken, and not saved beside them for ever."""
+    param = torch.nn.Parameter(torch.ones(300))
+    optimizer = shardadam.AdamW([("w", param)], state="q16")
+    optimizer.state[param]["exp_avg"] = torch.zeros(300)
+    with pytest.raises(ValueError, match="w: 'exp_avg' was put into .* beside 'exp_avg_ratio'"):
+        optimizer.state_dict()
+    moments = {"exp_avg": torch.full((300,), 0.5), "exp_avg_sq": torch.ones(300)}
+    optimizer.state[param] = {"step": torch.tensor(1.0), **moments}
+    assert "exp_avg" not in optimizer.state_dict()["state"][0]
+    saved = optimizer.consolidate_state_dict()["state"][0]
+    torch.testing.assert_close(saved["exp_avg"], moments["exp_avg"], rtol=2**-7, atol=0)
