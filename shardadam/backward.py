@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from shardadam.agreement import Point, difference, digest, meet
+from shardadam.bucket_grads import BucketGrads
 from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
 from shardadam.exchange import Union
-from shardadam.gradients import BucketGrads, GradReducer, not_the_same
+from shardadam.gradients import GradReducer, not_the_same
 
 
 class EarlyUpdate(NamedTuple):
@@ -130,6 +131,11 @@ class Backward:
             )
         if self._communicator.world_size == 1:
             return
+        if not all(grads.bucket.exchanged for grads in reducer.grads):
+            raise ValueError(
+                "DDP's hook is for an optimizer of DDP's params, and some are DTensors: expected "
+                "these in another optimizer"
+            )
         if not reducer.exchanges:
             raise ValueError(
                 'with the hook DDP does not average gradients: expected grad_sync="mean", found '

@@ -1,8 +1,7 @@
-"""Flat storage: params as views of a bucket's buffer, and the state of this rank's shard of it."""
+"""A bucket: its params in memory, and flat storage for the state of this rank's shard of it."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,36 +11,25 @@ from shardadam.kernels import Coefficients, Run, Slot
 from shardadam.kernels.run import in_memory_order
 from shardadam.kernels.state_formats import MOMENTS, is_scale, part_of
 from shardadam.layout import ALIGNMENT, Bucket, Piece
+from shardadam.params import Params, order_name, view_like
 from shardadam.storage import Storage
 
-_address = torch._C.TensorBase.data_ptr
 _is_contiguous: Callable[[Tensor], bool] = torch._C.TensorBase.is_contiguous
 _is_neg: Callable[[Tensor], bool] = torch._C.TensorBase.is_neg
-_dtype = attrgetter("dtype")
-
-
-def real_dtype(param: Tensor) -> torch.dtype:
-    """The dtype of ``param``'s elements in a buffer: complex ones are pairs of reals."""
-    return torch.view_as_real(param).dtype if param.is_complex() else param.dtype
-
-
-def real_numel(param: Tensor) -> int:
-    """The number of ``param``'s elements in a buffer."""
-    return param.numel() * (2 if param.is_complex() else 1)
 
 
 class FlatBucket:
-    """One bucket: ``flat`` (all ranks' shards of params), ``state`` (this rank's shard only).
+    """One bucket: ``memory`` (that of its params), ``state`` (this rank's shard only).
 
     ``state`` maps the names of [Note: state formats] and one of `MASTERS` to tensors of
     ``bucket.shard_numel`` elements, or of one per block. ``scalars`` maps "step" (and NAdam's
     "mu_product") to tensors of one element per span. ``continues``: whether a run can go on from
-    the span before to each span.
+    from the span before to each span. ``exchanged``: whether gradients and params of its shards go
+    from rank to rank; those of DTensors are exchanged by their owner.
 
     Args:
         bucket: which elements of which params.
-        params: of its spans.
-        names: of its spans.
+        memory: the params of its spans.
         first_blocks: the numbers of the spans' first blocks, for `Run`.
         rank: whose shard.
         storage: of the state.
@@ -52,8 +40,7 @@ class FlatBucket:
     def __init__(
         self,
         bucket: Bucket,
-        params: Sequence[Tensor],
-        names: Sequence[str],
+        memory: Params,
         first_blocks: Sequence[int],
         rank: int,
         storage: Storage,
@@ -62,28 +49,16 @@ class FlatBucket:
         scalars_on_device: bool = False,
     ) -> None:
         self.bucket = bucket
-        self.params = list(params)
-        self.names = list(names)
+        self.memory, self.params, self.names = memory, memory.params, memory.names
+        self.exchanged = memory.exchanged
         self.pieces = bucket.pieces(rank)
         self.span_groups = [span.group for span in bucket.spans]
         self.groups = sorted(set(self.span_groups))
-        first = params[0]
-        self.dtype, self.device = storage.dtype, first.device
-        self.flat = torch.zeros(bucket.numel, dtype=self.dtype, device=self.device)
-        self.shard = self.flat.view(bucket.world_size, bucket.shard_numel)[rank]
-        self.views = [
-            view_like(param, self.flat[span.offset : span.offset + span.numel])
-            for span, param in zip(bucket.spans, params, strict=True)
-        ]
-        for param, view in zip(params, self.views, strict=True):
-            view.copy_(param)
-            param.data = view
-        self._addresses = list(map(_address, self.views))
-        self._dtypes = list(map(_dtype, self.views))
+        self.dtype, self.device = storage.dtype, self.params[0].device
         # Owned whole, real and contiguous.
         self._plain = [
             piece.numel == view.numel() and view.is_contiguous() and not view.is_complex()
-            for piece, view in zip(self.pieces, self.views, strict=True)
+            for piece, view in zip(self.pieces, memory.views, strict=True)
         ]
         # And none of them empty.
         self._all_plain = all(self._plain) and all(piece.numel for piece in self.pieces)
@@ -107,25 +82,37 @@ class FlatBucket:
         self._first_blocks = list(first_blocks)
         self.continues = self._continues(storage)
         # Of a scale's blocks, nothing but the order of memory says which elements they are.
-        self._order_names = [order_name(view) for view in self.views]
+        self._order_names = [order_name(v) if self.exchanged else "" for v in memory.views]
         self.state: dict[str, Tensor] = {}
         self._runs: dict[tuple[int, int, bool], Run] = {}
         self._runs_in_place: list[Run | None] = [None] * len(self.params)
         self._amsgrad_in_place: list[bool] = []
         self._maximum: dict[str, Tensor] = {}
         self.state.update(self._allocate(storage.amsgrad))
-        if self.master == "master":
-            self.state[self.master].copy_(self.shard)
+        self.fill_masters()
 
     def _continues(self, storage: Storage) -> list[bool]:
         """As the attribute.
 
-        What lies between neighbours is padding; but random bits go by the number of a block, and a
-        frozen param between two has numbers too.
+        What lies between neighbours in a flat buffer is padding; but random bits go by the number
+        of a block, and a frozen param between two has numbers too.
         """
+        if not self.exchanged:
+            return [False] * len(self.pieces)
         offsets = [span.offset // ALIGNMENT for span in self.bucket.spans]
         ahead = [n - offset for n, offset in zip(self._first_blocks, offsets, strict=True)]
         return [False, *(not storage.draws or a == b for a, b in itertools.pairwise(ahead))]
+
+    @property
+    def views(self) -> list[Tensor]:
+        """What this rank has of each param, see `Params`."""
+        return self.memory.views
+
+    def fill_masters(self) -> None:
+        """Make fp32 masters of what the params are."""
+        if self.master == "master":
+            for index in range(len(self.pieces)):
+                self.owned_state(index)[self.master].copy_(self.shard_piece(index))
 
     @property
     def has_maximum(self) -> bool:
@@ -147,8 +134,7 @@ class FlatBucket:
             return
         self.reserve_maximum()
         self.state.update(self._maximum)
-        self._runs.clear()
-        self._runs_in_place = [None] * len(self.params)
+        self._forget_runs()
 
     def _allocate(self, amsgrad: bool) -> dict[str, Tensor]:
         """The tensors of the state that there are not yet; all or none."""
@@ -178,19 +164,14 @@ class FlatBucket:
         """
         return name + self._order_names[index] if is_scale(name) else name
 
-    def check_views(self) -> None:
-        """Raise ValueError, naming the param, if one no longer is the view that it was made."""
-        addresses, dtypes = list(map(_address, self.params)), list(map(_dtype, self.params))
-        if addresses == self._addresses and dtypes == self._dtypes:
-            return
-        for index, name in enumerate(self.names):
-            made = self._addresses[index], self._dtypes[index]
-            if made != (addresses[index], dtypes[index]):
-                raise ValueError(
-                    f"{name} no longer is the memory that the optimizer updates; its "
-                    ".data was replaced after construction, by .to(), a wrapper, an assignment. "
-                    "Expected: move and wrap the model first, then the optimizer"
-                )
+    def refresh(self) -> None:
+        """Look where the params are now; raises as `Params.refresh`."""
+        if self.memory.refresh():
+            self._forget_runs()
+
+    def _forget_runs(self) -> None:
+        self._runs.clear()
+        self._runs_in_place = [None] * len(self.params)
 
     def pack(self, grads: Sequence[Tensor | None], flat: Tensor) -> None:
         """Copy ``grads``, one per span, into ``flat``; what has no gradient is zero."""
@@ -233,7 +214,7 @@ class FlatBucket:
 
     def shard_piece(self, index: int) -> Tensor:
         """The owned elements of the param of span ``index``."""
-        return self.shard[self.owned_range(index, index)]
+        return self.memory.owned(self.owned_range(index, index), index)
 
     def state_of(self, index: int) -> dict[str, Tensor]:
         """What ``optimizer.state`` shows for the param of span ``index``: views, no copies.
@@ -241,11 +222,11 @@ class FlatBucket:
         Shaped like the param where this rank owns all of it, else the owned elements in the order
         of memory (1-D, possibly empty), as scales always are.
         """
-        piece, param = self.pieces[index], self.params[index]
+        piece, view = self.pieces[index], self.views[index]
         shown = {name: values[index] for name, values in self.scalars.items()}
         for name, owned in self.owned_state(index).items():
             if piece.numel == self.bucket.spans[index].numel and not is_scale(name):
-                owned = view_like(param, owned)
+                owned = self.memory.shown(index, view_like(view, owned))
             shown[self.shown_name(index, name)] = owned
         return shown
 
@@ -279,7 +260,7 @@ class FlatBucket:
                 self._runs.clear()  # other params have gradients at every step
             number = self._first_blocks[first] + self.pieces[first].param_offset // ALIGNMENT
             run = self._runs[start, stop, amsgrad] = Run(
-                param=self.shard[part],
+                param=self.memory.owned(part, first),
                 grad=grad,
                 coefficients=coefficients,
                 first_block=number,
@@ -301,7 +282,8 @@ class FlatBucket:
 
     def first_of(self, run: Run) -> int:
         """Where in the shard the first element of ``run`` is."""
-        return int(run.param.storage_offset()) - int(self.shard.storage_offset())
+        shard = self.state[self.form.names[0]]
+        return int(run.exp_avg.storage_offset()) - int(shard.storage_offset())
 
     def part_of_run(
         self,
@@ -371,27 +353,3 @@ class FlatBucket:
             run.grad, run.coefficients = grad, shared
             runs.append(run)
         return runs
-
-
-def view_like(param: Tensor, flat: Tensor) -> Tensor:
-    """``flat`` seen with the shape of ``param``, and its strides if those are dense.
-
-    Complex where the param is; so keeps channels_last and transposed params as they are. Params
-    that are not dense (slices, expanded ones) become contiguous.
-    """
-    if param.is_complex():
-        flat = torch.view_as_complex(flat.view(flat.numel() // 2, 2))
-    strides = torch.empty_like(param, device="meta", memory_format=torch.preserve_format).stride()
-    return flat.as_strided(param.shape, strides)
-
-
-def order_name(tensor: Tensor) -> str:
-    """The order of the dims of more than one element in memory; "" where it is row-major."""
-    dims = [dim for dim in range(tensor.dim()) if tensor.shape[dim] != 1]
-    order = sorted(dims, key=tensor.stride, reverse=True)
-    return "" if order == dims or not tensor.numel() else f"@{'-'.join(map(str, order))}"
-
-
-def describe(tensor: Tensor) -> str:
-    """Shape, dtype and device in a few words, for errors."""
-    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}".replace("torch.", "")

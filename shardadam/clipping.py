@@ -43,7 +43,7 @@ def norm(reducer: GradReducer, backend: Backend, communicator: Communicator) -> 
         if grads.shard is not None:  # zero where there is no gradient
             values.append(grads.shard)
         else:
-            values += [grads.in_place(index) for index in grads.owned()]
+            values += [grads.in_place(index) for index in grads.counted()]
     backend.sum_squares(values, words)
     communicator.sum_exactly(words)
     return backend.root(words)

@@ -1,14 +1,17 @@
 """The whole state on one rank: from every rank's shards to full tensors, bucket by bucket."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from shardadam import dtensors
 from shardadam.agreement import Point, digest, first_difference, meet
-from shardadam.buffers import FlatBucket, view_like
+from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
 from shardadam.kernels.state_formats import decode, is_scale, part_of
+from shardadam.params import view_like
+from shardadam.shown_state import is_ours
 from shardadam.state_dict import ids_of
 
 
@@ -57,6 +60,9 @@ def consolidate(
     ids = ids_of(param_groups)
     state = dict(packed["state"])
     for bucket in buckets:
+        if not bucket.exchanged:
+            _consolidate_dtensors(bucket, ids, state, here=communicator.rank == to)
+            continue
         flats = communicator.gather(list(bucket.state.values()), to)
         if communicator.rank != to:
             continue
@@ -69,6 +75,30 @@ def consolidate(
                 **_shaped(bucket, index, dict(zip(bucket.state, flats, strict=True))),
             }
     return {**packed, "state": state} if communicator.rank == to else None
+
+
+def _consolidate_dtensors(
+    bucket: FlatBucket, ids: Mapping[Tensor, int], state: dict[int, Any], *, here: bool
+) -> None:
+    """Put full tensors in the place of DTensors. Collective over their meshes, one at a time."""
+    for index, param in enumerate(bucket.params):
+        if param not in ids:
+            continue  # its group has been removed
+        parts = bucket.owned_state(index)
+        if bucket.form.has_scales:
+            coded = set(bucket.form.tensors(True).values())
+            moments = decode(bucket.form, parts)
+            parts = {**moments, **{n: part for n, part in parts.items() if n not in coded}}
+        entry = {}
+        for name, part in parts.items():
+            shown = bucket.memory.shown(index, view_like(bucket.views[index], part))
+            full = dtensors.full(shown)
+            if here:
+                entry[name] = full.cpu()
+        if here:
+            scalars = {name: values[index].cpu().clone() for name, values in bucket.scalars.items()}
+            kept = {k: v for k, v in state.get(ids[param], {}).items() if not is_ours(k)}
+            state[ids[param]] = {**kept, **scalars, **entry}
 
 
 def _shaped(bucket: FlatBucket, index: int, flats: dict[str, Tensor]) -> dict[str, Tensor]:

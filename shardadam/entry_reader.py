@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardadam import dtensors
 from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
 from shardadam.kernels.run import in_memory_order
@@ -16,11 +17,14 @@ from shardadam.kernels.state_formats import (
     MOMENTS,
     StateFormat,
     decode,
+    decode_elements,
     encode,
     format_of,
     is_scale,
     master_between,
     part_of,
+    per_block,
+    per_element,
 )
 from shardadam.shard_tensor import Extent, ShardTensor, extent_of
 from shardadam.shards import ParamShard, shard_of
@@ -136,6 +140,8 @@ class EntryReader:
             # Saved without AMSGrad: the largest so far is not known, the latest is a bound.
             for field, name in saved.tensors(True).items():
                 stored.setdefault(name, stored[names[field.removeprefix("max_")]])
+        if saved.has_scales and not self._bucket.exchanged:
+            stored, saved = self._in_blocks(stored, saved)
         alike = saved.names == form.names and (
             form.dtypes is None
             or all(form.dtype(n, self._bucket.dtype) == t.dtype for n, t in stored.items())
@@ -147,6 +153,19 @@ class EntryReader:
         except ValueError as error:
             raise ValueError(f"{self._name}: {error}") from None
         return {name: encoded[name] for name in form.tensors(maximum).values()}
+
+    def _in_blocks(
+        self, stored: dict[str, Tensor], saved: StateFormat
+    ) -> tuple[dict[str, Tensor], StateFormat]:
+        """A DTensor's codes, whose scales are per element, in this rank's blocks.
+
+        Where blocks were others, because it was distributed otherwise: the moments.
+        """
+        scales = {name: per_block(stored[name]) for name in stored if is_scale(name)}
+        whole = {name: scale for name, scale in scales.items() if scale is not None}
+        if len(whole) == len(scales):
+            return {**stored, **whole}, saved
+        return decode_elements(saved, stored), FORMATS["fp32"]
 
     def _format(self, entry: Mapping[str, Any]) -> StateFormat:
         """The format that is in ``entry``: the bucket's, if that is there among others."""
@@ -231,6 +250,8 @@ class EntryReader:
             raise ValueError(
                 f"{self._name}: expected a tensor for {name!r}, found {type(value).__name__}"
             )
+        if not self._bucket.exchanged:
+            return self._own_local(name, value)
         here = extent(self._shard, name, self._communicator)
         if isinstance(value, ShardTensor):
             return self._own_shard(name, value, here)
@@ -248,6 +269,29 @@ class EntryReader:
         if is_scale(name):
             return value[here.first : here.first + here.numel]
         return in_memory_order(self._bucket.piece_of(self._piece, value))
+
+    def _own_local(self, name: str, value: Any) -> Tensor:
+        """The elements that this rank has of a DTensor; its scales per element."""
+        param = self._bucket.params[self._index]
+        blocks = self._bucket.owned_state(self._index)[name].shape
+        if is_scale(name) and value.shape == blocks and not dtensors.is_dtensor(value):
+            return per_element(value, self._piece.numel)
+        if value.shape != param.shape:
+            raise ValueError(
+                f"{self._name}: expected {name} of shape {tuple(param.shape)}, found "
+                f"{tuple(value.shape)}"
+            )
+        if not dtensors.is_dtensor(value):
+            local = dtensors.local_part(param, value)
+        elif dtensors.same_placement(value, param):
+            local = dtensors.local_of(value)
+        else:
+            raise ValueError(
+                f"{self._name}: expected {name} distributed like the param, "
+                f"{dtensors.describe(param)}; found {dtensors.describe(value)}. "
+                "torch.distributed.checkpoint loads any, as does every rank a full tensor"
+            )
+        return in_memory_order(self._bucket.piece_of(self._piece, local))
 
     def _own_shard(self, name: str, value: ShardTensor, here: Extent) -> Tensor:
         saved = value.extent

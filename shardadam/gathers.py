@@ -24,7 +24,7 @@ class Gathers:
 
     def start(self, bucket: FlatBucket, updated: list[Tensor]) -> None:
         """Send this rank's shard of ``bucket``, of whose params ``updated`` have changed."""
-        self._under_way[bucket] = self._communicator.start_all_gather(bucket.flat), updated
+        self._under_way[bucket] = self._communicator.start_all_gather(bucket.memory.flat), updated
 
     def wait(self, buckets: Iterable[FlatBucket]) -> None:
         """Until the params of ``buckets`` are whole."""

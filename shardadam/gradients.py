@@ -1,7 +1,7 @@
 """Gradients, from ``param.grad`` of every rank to what the update reads.
 
-Where they need no exchange (one rank, or ``grad_sync="none"``) they are read from ``param.grad`` in
-place. Otherwise each bucket is packed and reduce-scattered: in `step()`, or, with
+Where they need no exchange (one rank, DTensors, or ``grad_sync="none"``) they are read from
+``param.grad`` in place. Otherwise each bucket is packed and reduce-scattered: in `step()`, or, with
 ``shard_grads=True``, inside backward (see `backward`), after which the full gradients are freed.
 While one bucket is under way the next is packed.
 """
@@ -10,99 +10,21 @@ import itertools
 import warnings
 import weakref
 from collections import deque
-from operator import attrgetter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shardadam.agreement import Point, Range, digest, meet
-from shardadam.buffers import FlatBucket, describe
+from shardadam.bucket_grads import BucketGrads, grads_of
+from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
 from shardadam.exchange import Exchange
 from shardadam.kernels.run import state_dtype
+from shardadam.replicas import Replicas
 
 _LANES = 2  # buckets under way: each takes two buckets of memory
-_grad = attrgetter("grad")
-_kind = attrgetter("dtype", "shape", "device", "layout")
-
-
-class BucketGrads:
-    """The gradients of one bucket.
-
-    ``local``: ``param.grad`` of every span, when last looked at. ``present``: for each span,
-    whether any rank has a gradient (after the reduction). ``shard``: this rank's shard of the mean,
-    or None where ``param.grad`` is read in place. ``updated``: the params have been, in backward.
-    """
-
-    def __init__(self, bucket: FlatBucket) -> None:
-        self.bucket = bucket
-        self.local: list[Tensor | None] = [None] * len(bucket.params)
-        self.present = [False] * len(bucket.params)
-        self.shard: Tensor | None = None
-        self.updated = False
-        self._kinds = [_kind(view) for view in bucket.views]
-        self._memory: Tensor | None = None
-
-    def look(self) -> None:
-        """Read ``param.grad`` of every span: what follows goes by what it was here."""
-        self.local = list(map(_grad, self.bucket.params))
-
-    def memory(self) -> Tensor:
-        """Memory for `shard`. Kept: fresh shards between freed gradients fragment the heap."""
-        if self._memory is None:
-            bucket = self.bucket
-            self._memory = bucket.shard.new_empty(
-                bucket.bucket.shard_numel, dtype=state_dtype(bucket.dtype)
-            )
-        return self._memory
-
-    def misfit(self) -> tuple[int, Exception] | None:
-        """The first span whose gradient can't be used, and why.
-
-        autograd and the setter of .grad see to most of it; a param changed by .data slips through.
-        """
-        present = [grad for grad in self.local if grad is not None]
-        if len(present) == len(self.local) and list(map(_kind, present)) == self._kinds:
-            return None
-        kinds = [None if grad is None else _kind(grad) for grad in self.local]
-        for index, (kind, expected) in enumerate(zip(kinds, self._kinds, strict=True)):
-            grad = self.local[index]
-            if grad is not None and kind != expected:
-                return index, _misfit(self.bucket.names[index], self.bucket.params[index], grad)
-        return None
-
-    def owned(self) -> list[int]:
-        """The spans of which this rank owns elements that have a gradient."""
-        return [
-            index
-            for index, piece in enumerate(self.bucket.pieces)
-            if piece.numel and self.present[index]
-        ]
-
-    def in_place(self, index: int) -> Tensor:
-        """This rank's piece of the ``param.grad`` of span ``index``, where there is no `shard`."""
-        grad = self.local[index]
-        assert grad is not None
-        return self.bucket.owned_part(index, grad)
-
-    def updated_params(self) -> list[Tensor]:
-        """The params that have a gradient on any rank, after the reduction."""
-        return list(itertools.compress(self.bucket.params, self.present))
-
-    def free(self) -> None:
-        """Free the full gradients that were looked at."""
-        for param, grad in zip(self.bucket.params, self.local, strict=True):
-            if grad is not None:
-                param.grad = None
-        self.local = [None] * len(self.local)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.local = [None] * len(self.bucket.params)
-        self.present = [False] * len(self.bucket.params)
-        self.shard = None
-        self.updated = False
 
 
 class GradReducer:
@@ -119,7 +41,7 @@ class GradReducer:
         self.keeps = False
         self.left_over = False  # gradients have been left in param.grad by no_sync()
         self.landed: weakref.WeakMethod[Any] | None = None  # what follows, in backward
-        self._communicator = communicator
+        self._communicator, self._compares = communicator, grad_sync == "mean"
         self._hint = self.exchanges
         self._under_way: deque[tuple[BucketGrads | None, Tensor, Exchange]] = deque()
         self._sent = 0
@@ -130,9 +52,9 @@ class GradReducer:
         """Whether a backward pass has updated params."""
         return any(grads.updated for grads in self.grads)
 
-    def add(self, buckets: list[FlatBucket]) -> None:
-        """Take charge of more buckets."""
-        self.grads += map(BucketGrads, buckets)
+    def add(self, placed: Mapping[FlatBucket, Replicas | None]) -> None:
+        """Take charge of more buckets, those of DTensors with who else has their elements."""
+        self.grads += itertools.starmap(grads_of, placed.items())
 
     def clear(self) -> None:
         """Forget reduced gradients; ``param.grad`` is not touched."""
@@ -201,6 +123,34 @@ class GradReducer:
             for present, grad in zip(grads.present, grads.local, strict=True)
         ]
 
+    def union(self, present: list[bool]) -> list[bool]:
+        """Which params any rank has a gradient of, given this rank's `presence`. Collective.
+
+        Raises:
+            ValueError: of a DTensor, whose gradient is nobody's to make, not every rank has one.
+        """
+        own = [grads.bucket.exchanged for grads in self.grads for _ in grads.present]
+        lacking = [not (there or exchanged) for there, exchanged in zip(present, own, strict=True)]
+        flags = self._communicator.union([*present, *lacking])
+        union, lacked = flags[: len(present)], flags[len(present) :]
+        names = [name for grads in self.grads for name in grads.bucket.names]
+        for name, there, somewhere in zip(names, union, lacked, strict=True):
+            if there and somewhere:
+                raise ValueError(
+                    f"{name} is a DTensor and has a gradient on some ranks only: expected one on "
+                    "every rank of its mesh, or on none"
+                )
+        return union
+
+    def misplaced(self) -> list[str]:
+        """The gradients that are distributed in another way than their DTensor params."""
+        return [line for grads in self.grads for line in grads.misplaced()]
+
+    def place(self) -> None:
+        """Bring these to where their params are. Collective over their meshes."""
+        for grads in self.grads:
+            grads.place(compare=self._compares)
+
     def unreduced(self) -> bool:
         """Whether gradients wait in ``param.grad`` although backward should have reduced them."""
         return self.eager and any(grad is not None for grads in self.grads for grad in grads.local)
@@ -210,7 +160,7 @@ class GradReducer:
         if not self._hint or _capturing():
             return 0
         for grads in self.grads:
-            for grad in grads.local:
+            for grad in grads.local if grads.bucket.exchanged else []:
                 if grad is not None and grad.numel():
                     total = float(grad.detach().abs().sum(dtype=torch.float64))
                     return digest(repr(total)) if total else 0
@@ -236,7 +186,7 @@ class GradReducer:
     def versions(self) -> list[tuple[Tensor, int] | None]:
         """The gradient of every param, kept alive, and how often it has been written."""
         gradients = (
-            grads.shard if self.eager else grad for grads in self.grads for grad in grads.local
+            grads.shard if self.eager else grad for grads in self.grads for grad in grads.seen()
         )
         return [None if grad is None else (grad, grad._version) for grad in gradients]
 
@@ -265,7 +215,8 @@ class GradReducer:
         flags = iter(present)
         for grads in self.grads:
             grads.present = list(itertools.islice(flags, len(grads.present)))
-            if self.exchanges and not (self.eager or self.keeps) and any(grads.present):
+            there = grads.bucket.exchanged and any(grads.present)
+            if self.exchanges and there and not (self.eager or self.keeps):
                 self.send(grads, rescale)
         self.land()
 
@@ -365,13 +316,3 @@ def not_the_same() -> ValueError:
 
 def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _misfit(name: str, param: Tensor, grad: Tensor) -> Exception:
-    if grad.layout is not torch.strided:
-        return RuntimeError(
-            f"{name}: Adam does not support sparse gradients, please consider SparseAdam instead"
-        )
-    return ValueError(
-        f"{name}: expected a gradient like the param, {describe(param)}; found {describe(grad)}"
-    )

@@ -11,11 +11,13 @@ from torch._compile import _disable_dynamo
 from shardadam import amp, clipping, placement
 from shardadam.agreement import Point, Range, difference, digest, meet
 from shardadam.backward import Backward, EarlyUpdate
+from shardadam.bucket_grads import BucketGrads
 from shardadam.buffers import FlatBucket
+from shardadam.candidates import Candidate, single_device, unplaced
 from shardadam.collectives import Communicator
 from shardadam.forward import ForwardGate
 from shardadam.gathers import Gathers
-from shardadam.gradients import BucketGrads, GradReducer, not_the_same
+from shardadam.gradients import GradReducer, not_the_same
 from shardadam.kernels import Hyperparameters, backend_for
 from shardadam.offload import place_for_state
 from shardadam.options import Options
@@ -46,10 +48,10 @@ class ShardedOptimizer(ShardedState):
     # ---- construction ---------------------------------------------------------------------------
 
     def _shard(
-        self, options: Options, rounds: Sequence[Sequence[placement.Candidate] | None] = (None,)
+        self, options: Options, rounds: Sequence[Sequence[Candidate] | None] = (None,)
     ) -> None:
         """Take over the params: the last act of construction. A copy's ``rounds`` are given."""
-        device = placement.single_device(self.param_groups)
+        device = single_device(self.param_groups)
         self._options = options
         self._backend, self._memory, self._updater = place_for_state(
             options, device, backend_for(device)
@@ -75,19 +77,19 @@ class ShardedOptimizer(ShardedState):
         self._sharded = True
         self._places: dict[Tensor, tuple[FlatBucket, int]] = {}
         self._placed: set[int] = set()
-        self._rounds: list[Sequence[placement.Candidate]] = []
+        self._rounds: list[Sequence[Candidate]] = []
         self.state = self._shown = ShownState()
         self._edited: list[str] = []
         for candidates in rounds:
             self._place(candidates)
 
-    def _place(self, candidates: Sequence[placement.Candidate] | None = None) -> None:
+    def _place(self, candidates: Sequence[Candidate] | None = None) -> None:
         """Lay out the params that have no place yet: new ones, unfrozen ones. Collective."""
         if candidates is None:
-            candidates = placement.unplaced(self.param_groups, self._placed)
+            candidates = unplaced(self.param_groups, self._placed)
         settings = placement.hyperparameters(self.param_groups, self.defaults)
         settings += [type(self).__name__, *self._options.lines()]
-        buckets = placement.place(
+        placed = placement.place(
             candidates,
             placement.block_numbers(self.param_groups),
             settings,
@@ -98,14 +100,14 @@ class ShardedOptimizer(ShardedState):
             scalars_on_device=self._backend.folds_on_device,
         )
         self._rounds.append(candidates)
-        self._buckets += buckets
-        self._reducer.add(buckets)
+        self._buckets += placed
+        self._reducer.add(placed)
         if self._reducer.eager or self._options.update_in_backward:
-            self._backward.watch(buckets)
+            self._backward.watch(list(placed))
         if self._gate is not None:
             self._gate.forget_places()
         self._shown.add(c.param for c in candidates)  # in torch's order, which is not the buckets'
-        for bucket in buckets:
+        for bucket in placed:
             self._places.update((param, (bucket, i)) for i, param in enumerate(bucket.params))
             self._placed.update(map(id, bucket.params))
             self._shown.show(bucket)
@@ -116,7 +118,7 @@ class ShardedOptimizer(ShardedState):
         super().add_param_group(param_group)
         if self._sharded:
             try:
-                placement.single_device(self.param_groups)
+                single_device(self.param_groups)
                 self._place()
             except Exception:
                 self.param_groups.pop()
@@ -155,24 +157,25 @@ class ShardedOptimizer(ShardedState):
         return loss
 
     def _meet(self, point: Point, asked: str = "") -> _Seen:
-        """Check this rank, then meet the others: nothing below fails for a reason foreseen here."""
+        """Check this rank and meet the others: nothing below fails for a reason foreseen here."""
         error: Exception | None = None
-        late: list[placement.Candidate] = []
+        late: list[Candidate] = []
         try:
             self._check_usable()
             self.synchronize()
             self._take_edits()
             self._check_grads()
             self._reserve_maxima()
-            late = placement.unplaced(self.param_groups, self._placed)
+            late = unplaced(self.param_groups, self._placed)
         except (ValueError, RuntimeError, OSError) as caught:
             error = caught
+        compares = self._communicator.world_size > 1
+        present = self._reducer.presence() if compares else []
         settings: list[str] = []
-        present: list[bool] = []
-        if self._communicator.world_size > 1:  # else there is nobody to compare with
+        if compares:
             settings = placement.hyperparameters(self.param_groups, self.defaults)
             settings += [asked, f"clipped={self._clipped is not None}", *self._edited]
-            present = self._reducer.presence()
+            settings += self._reducer.misplaced()
         words = {
             "late": digest("\n".join(map(str, late))) if late else 0,
             "hyperparameters": digest("\n".join(settings)),
@@ -197,6 +200,7 @@ class ShardedOptimizer(ShardedState):
 
     def _reduce(self, seen: _Seen, scaling: amp.Scaling) -> None:
         """Average the gradients over the ranks, each rank getting its shard of the mean."""
+        self._reducer.place()
         if self._clipped is not None:
             return  # clip_grad_norm_() has
         if seen["unreduced"].high:
@@ -205,7 +209,7 @@ class ShardedOptimizer(ShardedState):
         if not seen["present"].agreed:
             if self._options.grad_sync == "none":
                 raise not_the_same()
-            present = self._communicator.union(present)
+            present = self._reducer.union(present)
         self._reducer.reduce(present, scaling.rescale)
 
     def _clip(self, scaling: amp.Scaling) -> Tensor | None:
@@ -375,7 +379,7 @@ class ShardedOptimizer(ShardedState):
             bucket.reserve_maximum()
 
     def _check_usable(self) -> None:
-        """Raise if an earlier step failed midway, params are no longer views, or betas no good."""
+        """Raise if an earlier step failed midway, params are elsewhere, or betas no good."""
         if self._broken is not None:
             raise RuntimeError(
                 f"an earlier step() was broken off by {self._broken}: params and state of the "
@@ -384,7 +388,7 @@ class ShardedOptimizer(ShardedState):
         self._backward.check()
         placement.check_betas(self.param_groups, self._options.state)
         for bucket in self._buckets:
-            bucket.check_views()
+            bucket.refresh()
 
     @contextlib.contextmanager
     def _broken_by_errors(self) -> Iterator[None]:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from shardadam import consolidation
 from shardadam.buffers import FlatBucket
+from shardadam.candidates import Candidate
 from shardadam.collectives import Communicator
 from shardadam.forward import ForwardGate
 from shardadam.kernels import Backend
 from shardadam.options import Options
-from shardadam.placement import Candidate
 from shardadam.shown_state import ShownState
 from shardadam.state_dict import ids_of, others, pack, plan_edits, plan_load
 from shardadam.steps import Steps

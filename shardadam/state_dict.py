@@ -11,8 +11,10 @@ from torch import Tensor
 from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
 from shardadam.entry_reader import EntryReader, Write, extent
+from shardadam.kernels.state_formats import is_scale, per_element
+from shardadam.params import view_like
 from shardadam.shard_tensor import ShardTensor
-from shardadam.shards import ParamShard, shards_of
+from shardadam.shards import ParamShard, shard_of
 from shardadam.shown_state import ShownState, is_ours, plain
 
 _Places = Mapping[Tensor, tuple[FlatBucket, int]]
@@ -40,12 +42,14 @@ def pack(
     ``ids``: the keys of its "state".
     """
     state = plain(packed["state"])
-    if communicator.world_size == 1:
-        return {**packed, "state": state}
-    for shard in shards_of(places):
-        id = ids.get(shard.param)
-        if id in state:
-            bucket, index = places[shard.param]
+    for param, (bucket, index) in places.items():
+        id = ids.get(param)
+        if id not in state:
+            continue
+        if not bucket.exchanged:
+            state[id] = {**state[id], **_spread_scales(bucket, index)}
+        elif communicator.world_size > 1:
+            shard = shard_of(bucket, index)
             wrapped = {
                 bucket.shown_name(index, name): ShardTensor(
                     _pairs(shard, value), extent(shard, name, communicator)
@@ -54,6 +58,19 @@ def pack(
             }
             state[id] = {**state[id], **wrapped}
     return {**packed, "state": state}
+
+
+def _spread_scales(bucket: FlatBucket, index: int) -> dict[str, Tensor]:
+    """A DTensor's scales as DTensors: per element, since blocks are of a rank's local tensor.
+
+    So they mean the same however the param is distributed where they are read.
+    """
+    view = bucket.views[index]
+    return {
+        name: bucket.memory.shown(index, view_like(view, per_element(scale, view.numel())))
+        for name, scale in bucket.owned_state(index).items()
+        if is_scale(name)
+    }
 
 
 def _pairs(shard: ParamShard, value: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from shardadam.bucket_grads import BucketGrads
 from shardadam.buffers import FlatBucket
-from shardadam.gradients import BucketGrads
 from shardadam.kernels import Backend, Coefficients, Hyperparameters, Run, Slot
 from shardadam.steps import Planned, Steps
 

@@ -15,7 +15,7 @@ import shardadam
 from models import loss_of, mlp, same, train, values
 from ranks import run_ranks
 from shardadam import checkpoint
-from shardadam.placement import single_device
+from shardadam.candidates import single_device
 
 
 @pytest.mark.parametrize(

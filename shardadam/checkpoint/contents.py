@@ -214,7 +214,9 @@ def _add_whole(contents: Contents, kind: str, name: str, tensor: Tensor, *, writ
             f"({tensor.layout}) on {tensor.device}"
         )
     if hasattr(tensor, "device_mesh"):
-        raise CheckpointError(f"{name} is a DTensor: not supported yet")
+        raise CheckpointError(
+            f"{name} is a DTensor: expected torch.distributed.checkpoint, which saves it"
+        )
     dims = dims_of(tensor) or tuple(range(tensor.dim()))
     contents.entries.append(Entry(kind, name, tuple(tensor.shape), dtype, dims))
     if writes and tensor.numel():

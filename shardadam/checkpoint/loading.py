@@ -237,7 +237,7 @@ def _apply(
         error = caught
     together(communicator, Point.LOAD, error)
     if optimizer is not None:
-        communicator.all_gather([bucket.flat for bucket in optimizer._buckets])
+        communicator.all_gather([bucket.memory.flat for bucket in optimizer._buckets])
         torch.autograd.graph.increment_version(list(optimizer._places))
         optimizer._show(optimizer.state)
         optimizer._forget_grads()

@@ -235,7 +235,12 @@ def check_optimizer(optimizer: ShardedOptimizer) -> None:
     if optimizer._broken is not None:
         raise RuntimeError(f"an earlier step() was broken off by {optimizer._broken}")
     for bucket in optimizer._buckets:
-        bucket.check_views()
+        bucket.refresh()
+        if not bucket.exchanged:
+            raise CheckpointError(
+                f"{bucket.names[0]} is a DTensor: expected torch.distributed.checkpoint, which "
+                "saves and loads it at any mesh"
+            )
 
 
 def _line(entry: Entry) -> str:

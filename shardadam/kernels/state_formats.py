@@ -101,6 +101,32 @@ def part_of(name: str, start: int, stop: int) -> slice:
     return slice(first, first + blocks)
 
 
+def per_element(scale: Tensor, numel: int) -> Tensor:
+    """The scale of each of ``numel`` elements, 1-D, given one per block."""
+    return scale.repeat_interleave(BLOCK)[:numel]
+
+
+def per_block(scale: Tensor) -> Tensor | None:
+    """One per block, given what `per_element` made; None if elements of a block differ."""
+    found = scale[::BLOCK]
+    return found if torch.equal(per_element(found, scale.numel()), scale) else None
+
+
+def decode_elements(form: StateFormat, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As `decode`, where every element has a scale of its own."""
+    maximum = form.names[2] in stored
+    fields = {field: stored[name] for field, name in form.tensors(maximum).items()}
+    rows = {field: t if field.endswith(_SCALE) else t[:, None] for field, t in fields.items()}
+    roots = {
+        moment: coded_state.decode_root(rows[moment], rows[moment + _SCALE])
+        for moment in MOMENTS[1:]
+        if moment in rows
+    }
+    first = coded_state.decode_ratio(rows["exp_avg"], rows["exp_avg_scale"], roots["exp_avg_sq"])
+    squares = {moment: (root * root)[:, 0] for moment, root in roots.items()}
+    return {"exp_avg": first[:, 0], **squares}
+
+
 def decode(form: StateFormat, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The moments that ``stored`` stands for, 1-D, in float32 (float64 stays).
 

@@ -1,0 +1,125 @@
+"""DTensors: the params that FSDP2 and tensor parallelism have distributed over a mesh of ranks.
+
+What a rank has of one is its *local* tensor. Whoever distributed it also reduces its gradient, so
+that nothing is left to exchange but what has to be known of all elements, such as their norm.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTensor = Any
+"""torch.distributed.tensor.DTensor, which takes a second to import: who has one has paid."""
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether it is one. Others need not import torch.distributed.tensor for the answer."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """This rank's elements, or the tensor itself if it is no DTensor."""
+    local = getattr(tensor, "_local_tensor", tensor)
+    # A collective of the backward pass may be under way: a kernel reads memory, and does not wait.
+    wait: Any = getattr(local, "wait", None)
+    found: Tensor = local if wait is None else wait()
+    return found
+
+
+def like(param: DTensor, local: Tensor) -> DTensor:
+    """``local``, shaped like that of ``param``, as a DTensor that is distributed as it is."""
+    return type(param).from_local(
+        local,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )
+
+
+def full(tensor: DTensor) -> Tensor:
+    """All of its elements, on every rank. Collective over its mesh."""
+    local, dtype = local_of(tensor), tensor.dtype
+    if dtype == torch.int16:  # which neither gloo nor NCCL sends
+        tensor = like(tensor, local.view(torch.float16))
+    found: Tensor = tensor.full_tensor().view(dtype)
+    return found
+
+
+def same_placement(one: DTensor, other: DTensor) -> bool:
+    """Whether the ranks have the same elements of both."""
+    return bool(
+        one.shape == other.shape
+        and one.device_mesh == other.device_mesh
+        and one.placements == other.placements
+    )
+
+
+def local_part(param: DTensor, full: Tensor) -> Tensor:
+    """Of ``full``, which has the shape of ``param``, what this rank has of ``param``: a view.
+
+    Sends nothing, where torch's distribute_tensor may.
+    """
+    mesh, coordinate = param.device_mesh, param.device_mesh.get_coordinate()
+    if coordinate is None:
+        return full.new_empty(0)
+    for dim, placement in enumerate(param.placements):
+        if placement.is_shard() or hasattr(placement, "split_factor"):
+            shards, _ = placement._split_tensor(
+                full, mesh.size(dim), with_padding=False, contiguous=False
+            )
+            full = shards[coordinate[dim]]
+    return full
+
+
+def shard_of(param: DTensor) -> tuple[int, ...]:
+    """Where on the mesh this rank's elements are, but for the dims in which they are replicated."""
+    coordinate = param.device_mesh.get_coordinate()
+    if coordinate is None:
+        return (-1,)
+    return tuple(
+        -1 if placement.is_replicate() else at
+        for at, placement in zip(coordinate, param.placements, strict=True)
+    )
+
+
+def shard_number(param: DTensor) -> int:
+    """This rank's shard among all different ones, in the order of the mesh."""
+    number = 0
+    for dim, at in enumerate(shard_of(param)):
+        if at >= 0:
+            number = number * param.device_mesh.size(dim) + at
+    return number
+
+
+def ranks_of(param: DTensor) -> tuple[int, ...]:
+    """The global ranks of its mesh, in ascending order."""
+    return tuple(sorted(param.device_mesh.mesh.flatten().tolist()))
+
+
+def redistributed(grad: DTensor, param: DTensor) -> Tensor:
+    """The local tensor of ``grad`` distributed as ``param`` is. Collective over the mesh."""
+    return local_of(grad.redistribute(param.device_mesh, param.placements))
+
+
+def describe(tensor: DTensor) -> str:
+    """On what mesh, and how, for errors; the same on every rank."""
+    mesh = tensor.device_mesh
+    names = mesh.mesh_dim_names or [f"dim {dim}" for dim in range(mesh.ndim)]
+    dims = [
+        f"{placement} over {name} ({mesh.size(dim)})"
+        for dim, (name, placement) in enumerate(zip(names, tensor.placements, strict=True))
+    ]
+    return "DTensor " + ", ".join(dims)
+
+
+def is_partial(param: DTensor) -> bool:
+    """Whether its elements are sums that have not been made."""
+    return any(placement.is_partial() for placement in param.placements)
+
+
+def is_sharded_only(param: DTensor) -> bool:
+    """Whether every rank of its mesh has elements of its own."""
+    return not any(placement.is_replicate() for placement in param.placements)
