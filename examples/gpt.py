@@ -33,7 +33,10 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(width, bias=False)
         self.mlp_in = nn.Linear(width, 4 * width, bias=False)
         self.mlp_out = nn.Linear(4 * width, width, bias=False)
-        # A block starts as the identity, so depth does not slow down the first steps.
+        self.start()
+
+    def start(self) -> None:
+        """Make it the identity, so that depth does not slow down the first steps."""
         nn.init.zeros_(self.attention_out.weight)
         nn.init.zeros_(self.mlp_out.weight)
 
@@ -69,6 +72,18 @@ class GPT(nn.Module):
         self.blocks = nn.Sequential(*(Block(width, head_width) for _ in range(layers)))
         self.norm = nn.LayerNorm(width, bias=False)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self._start()
+
+    def init_weights(self) -> None:
+        """Draw all params, of a model that was made on the meta device, as construction does."""
+        for module in self.modules():
+            if isinstance(module, nn.Embedding | nn.Linear | nn.LayerNorm):
+                module.reset_parameters()
+        for block in self.blocks:
+            block.start()
+        self._start()
+
+    def _start(self) -> None:
         nn.init.normal_(self.bytes.weight, std=0.5)
         nn.init.normal_(self.positions.weight, std=0.02)
         for table in self.ngrams:

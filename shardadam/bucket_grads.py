@@ -130,26 +130,24 @@ class DistributedGrads(BucketGrads):
 
     def look(self) -> None:
         """As in `BucketGrads`."""
-        self._odd = {}
         grads: list[Any] = list(map(_grad, self.bucket.params))
-        for index, (grad, spec) in enumerate(zip(grads, self._specs, strict=True)):
-            if grad is not None and getattr(grad, "_spec", None) is not spec:
-                if not self._in_place(index, grad):
-                    self._odd[index] = grad
-        self.local = [None if grad is None else dtensors.local_of(grad) for grad in grads]
+        # Nearly always the specs are those objects; what is done per param adds up.
+        if [getattr(grad, "_spec", None) for grad in grads] == self._specs:
+            self._odd, self.local = {}, [*dtensors.locals_of(grads)]
+        else:
+            self._odd = {
+                index: grad
+                for index, (grad, param) in enumerate(zip(grads, self.bucket.params, strict=True))
+                if grad is not None and not dtensors.same_placement(grad, param)
+            }
+            self.local = [None if grad is None else dtensors.local_of(grad) for grad in grads]
         self._seen = self.local
-
-    def _in_place(self, index: int, grad: Any) -> bool:
-        return dtensors.is_dtensor(grad) and dtensors.same_placement(
-            grad, self.bucket.params[index]
-        )
 
     def misfit(self) -> tuple[int, Exception] | None:
         """As in `BucketGrads`."""
         for index, grad in self._odd.items():
             param: Any = self.bucket.params[index]
-            alike = dtensors.is_dtensor(grad) and grad.device_mesh == param.device_mesh
-            if not alike or _kind(grad) != _kind(param):
+            if not dtensors.same_mesh(grad, param) or _kind(grad) != _kind(param):
                 return index, _misfit(self.bucket.names[index], param, grad)
         if not self._odd:
             return super().misfit()

@@ -115,6 +115,11 @@ def unplaced(param_groups: Sequence[dict[str, Any]], known: set[int]) -> list[Ca
 def master_of(candidate: Candidate, device: torch.device, options: Options) -> str | None:
     """Which state makes up the fp32 master weight of a param, if it is not one itself."""
     param, name = candidate.param, candidate.name
+    if getattr(param, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{name} belongs to FullyShardedDataParallel, whose flat params differ between ranks: "
+            "expected FSDP2's fully_shard"
+        )
     if candidate.distributed:
         _check_distributed(candidate, options)
     if param.device != device:

@@ -4,7 +4,9 @@ What a rank has of one is its *local* tensor. Whoever distributed it also reduce
 that nothing is left to exchange but what has to be known of all elements, such as their norm.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -13,7 +15,10 @@ DTensor = Any
 """torch.distributed.tensor.DTensor, which takes a second to import: who has one has paid."""
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+_local = attrgetter("_local_tensor")
+
+
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether it is one. Others need not import torch.distributed.tensor for the answer."""
     return hasattr(tensor, "device_mesh")
 
@@ -25,6 +30,12 @@ def local_of(tensor: Tensor) -> Tensor:
     wait: Any = getattr(local, "wait", None)
     found: Tensor = local if wait is None else wait()
     return found
+
+
+def locals_of(tensors: Sequence[DTensor]) -> list[Tensor]:
+    """As `local_of` each, in a third of the time."""
+    found = list(map(_local, tensors))
+    return found if set(map(type, found)) == {Tensor} else list(map(local_of, tensors))
 
 
 def like(param: DTensor, local: Tensor) -> DTensor:
@@ -48,13 +59,15 @@ def full(tensor: DTensor) -> Tensor:
     return found
 
 
-def same_placement(one: DTensor, other: DTensor) -> bool:
+def same_mesh(tensor: Tensor, param: DTensor) -> bool:
+    """Whether ``tensor`` is a DTensor on the mesh of ``param``."""
+    return is_dtensor(tensor) and bool(tensor.device_mesh == param.device_mesh)
+
+
+def same_placement(tensor: Tensor, param: DTensor) -> bool:
     """Whether the ranks have the same elements of both."""
-    return bool(
-        one.shape == other.shape
-        and one.device_mesh == other.device_mesh
-        and one.placements == other.placements
-    )
+    alike = same_mesh(tensor, param) and tensor.shape == param.shape
+    return alike and bool(getattr(tensor, "placements", None) == param.placements)
 
 
 def local_part(param: DTensor, full: Tensor) -> Tensor:

@@ -172,6 +172,9 @@ class ShardedState(torch.optim.Optimizer):
         beside = (
             "" if self._gate is None else f"gathered beside {self._gate.model_name}'s forward, "
         )
+        distributed = sum(len(b.params) for b in self._buckets if not b.exchanged)
+        if distributed:
+            beside += f"{distributed} DTensors updated where they are, "
         return (
             f"{super().__repr__()}\n"
             f"sharded: rank {ranks.rank} of {ranks.world_size} ({ranks.backend}), "
