@@ -352,6 +352,7 @@ def scaled(rank: int) -> None:
         if bad:
             assert_same(after, before)
     assert not torch.equal(after[0], before[0])
+    assert scaler.get_scale() == 2.0**9  # on both: torch reduces what it found over the mesh
 
 
 def test_grad_scaler_skips_on_all_ranks():
