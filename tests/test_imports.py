@@ -33,6 +33,7 @@ LEVELS = [
     ["offload"],
     ["optimizer"],
     ["adam", "integrations", "integrations.ddp"],
+    ["integrations.deepspeed"],
     ["checkpoint.errors", "checkpoint.parts"],
     ["checkpoint.manifest", "checkpoint.plain", "checkpoint.progress", "checkpoint.together"],
     ["checkpoint.folders", "checkpoint.rng", "checkpoint.tensorfile"],
