@@ -31,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--stage", type=int, choices=range(4), default=2, help="of ZeRO")
+    parser.add_argument("--save", type=Path, help="where the last checkpoint of DeepSpeed's is put")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     if not torch.cuda.is_available():
@@ -53,6 +54,8 @@ def main() -> None:
         if dist.get_rank() == 0:
             shutil.rmtree(folders[0])
         loss = train(engine, corpus, range(half, args.steps))
+        if args.save is not None and name == "DeepSpeed's":
+            engine.save_checkpoint(args.save)
         dist.all_reduce(loss)
         if dist.get_rank() == 0:
             print(

@@ -149,7 +149,10 @@ def _bfloat16(to: Translation) -> None:
         to.argument("state", "bf16", key)
     key = f"{section}.check_grad_overflow"
     if settings.take(key, bool, True) is not False:
-        text = "in bf16 a step is taken too where gradients are not finite"
+        text = (
+            "no step is skipped in bf16 by itself; optimizer.clip_grad_norm_(…, "
+            "error_if_nonfinite=True) raises where gradients are not finite"
+        )
         to.say(_IMPOSSIBLE, text, key)
 
 
@@ -206,7 +209,7 @@ def _zero(to: Translation) -> None:
     else:
         to.argument("shard_grads", True, key)
     if stage == 3:
-        text = "params stay whole on every rank, this is ZeRO-2; FSDP2 shards them"
+        text = "params stay whole, this is ZeRO-2; FSDP2 shards them, and takes this optimizer"
         to.say(_IMPOSSIBLE, text, key)
     key = "zero_optimization.offload_optimizer.device"
     device = settings.take(key, str)
