@@ -75,7 +75,7 @@ class _AdamRule(ShardedOptimizer):
 
     def _hyperparameters(self, group: dict[str, Any]) -> Hyperparameters:
         decoupled = isinstance(self, AdamW) or group.get("decoupled_weight_decay", False)
-        return _shared(group, decoupled, None)
+        return hyperparameters(group, decoupled, None)
 
 
 class Adam(_AdamRule, torch.optim.Adam):
@@ -251,12 +251,13 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
         self._shard(options)
 
     def _hyperparameters(self, group: dict[str, Any]) -> Hyperparameters:
-        return _shared(group, group["decoupled_weight_decay"], group["momentum_decay"])
+        return hyperparameters(group, group["decoupled_weight_decay"], group["momentum_decay"])
 
 
-def _shared(
+def hyperparameters(
     group: dict[str, Any], decoupled: bool, momentum_decay: float | None
 ) -> Hyperparameters:
+    """A param group's, as the rule reads them."""
     lr = group["lr"]
     beta1, beta2 = group["betas"]
     on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"

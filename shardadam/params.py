@@ -136,7 +136,8 @@ class FlatParams:
                 raise ValueError(
                     f"{name} no longer is the memory that the optimizer updates; its "
                     ".data was replaced after construction, by .to(), a wrapper, an assignment. "
-                    "Expected: move and wrap the model first, then the optimizer"
+                    "Expected: move and wrap the model first, then the optimizer; in DeepSpeed, "
+                    "the optimizer of shardadam.integrations.deepspeed"
                 )
         return False
 

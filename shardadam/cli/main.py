@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from shardadam.checkpoint.errors import CheckpointError
+from shardadam.cli.ds_config import ConfigError
 from shardadam.cli.telling import ERROR, one_line
 
 
@@ -31,11 +32,11 @@ def main(arguments: Sequence[str]) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ERROR
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, ConfigError, OSError) as error:
         text = str(error)
         if isinstance(error, OSError) and error.strerror:
             text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        print(f"shardadam ckpt {given.command}: {one_line(text)}", file=sys.stderr)
+        print(f"shardadam {given.command}: {one_line(text)}", file=sys.stderr)
         return ERROR
     except KeyboardInterrupt:
         return 130
@@ -43,11 +44,15 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(given: argparse.Namespace) -> int:
     # Each command imports what only it needs.
-    if given.command == "inspect":
+    if given.command == "deepspeed":
+        from shardadam.cli.ds_translation import print_translation
+
+        return print_translation(given.config)
+    if given.command == "ckpt inspect":
         from shardadam.cli.inspecting import inspect
 
         return inspect(given.path)
-    if given.command == "convert":
+    if given.command == "ckpt convert":
         from shardadam.cli.converting import convert
         from shardadam.cli.recognising import Format
 
@@ -60,9 +65,18 @@ def _run(given: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m shardadam", description="Tools for shardadam.")
-    areas = parser.add_subparsers(required=True, metavar="ckpt")
+    areas = parser.add_subparsers(required=True, metavar="ckpt | deepspeed")
+    config = areas.add_parser(
+        "deepspeed",
+        help="translate a ds_config.json",
+        description="Print the program that does without DeepSpeed what a ds_config.json sets, and "
+        "what of it can't be had. Exit codes: 0 all is translated, 1 some can't be, 2 no config.",
+        epilog="example: python -m shardadam deepspeed ds_config.json",
+    )
+    config.set_defaults(command="deepspeed")
+    config.add_argument("config", type=Path, help="the file that deepspeed.initialize() is given")
     ckpt = areas.add_parser("ckpt", help="look at checkpoints, verify and convert them")
-    commands = ckpt.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = ckpt.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, does: str, more: str, example: str) -> argparse.ArgumentParser:
         made = commands.add_parser(
@@ -71,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
             description=f"{does[0].upper()}{does[1:]}. {more}",
             epilog=f"example: python -m shardadam ckpt {name} {example}",
         )
+        made.set_defaults(command=f"ckpt {name}")
         return made
 
     inspect = command(
