@@ -26,7 +26,7 @@ CORES = $(shell { lscpu -p=Core,Socket | grep '^[0-9]' | sort -u | wc -l; nproc;
 	sysctl -n hw.physicalcpu; } 2>/dev/null | sort -n | awk '$$1 > 0 { print $$1; exit }')
 THREADS = $(shell echo $$(($(CORES) > $(RANKS) ? $(CORES) / $(RANKS) : 1)))
 
-.PHONY: help setup demo test check bench quality bench-parts format clean
+.PHONY: help setup demo test check bench quality bench-parts docs format clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets (the default)
@@ -88,11 +88,14 @@ bench-parts: $(READY) ## time the CPU kernel, small params, state on a disk, col
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) benchmarks/consolidate.py
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) benchmarks/checkpoint.py
 
+docs: $(READY) ## build the pages and a reference from the docstrings into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 format: $(READY) ## rewrite Python and C++ as make check wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC)
 
 clean: ## remove .venv, builds and caches
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(wildcard shardadam tests examples benchmarks) -name __pycache__ -prune -exec rm -r {} +

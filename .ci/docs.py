@@ -1,4 +1,4 @@
-"""What `make docs` adds to the pages: the versions that were tested, formulas, links to sources."""
+"""What `make docs` adds to the pages: the versions that were tested, and formulas."""
 
 import importlib.metadata
 import platform
@@ -12,14 +12,11 @@ FRAMEWORKS = (
     *("torch", "deepspeed", "transformers", "accelerate", "lightning", "ray"),
     *("safetensors", "cuda-core", "nvidia-cuda-nvrtc"),
 )
-SOURCES = re.compile(r"\]\(\.\./([^)#]+)\)")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill in the table of versions; name sources outside docs/, which the site does not have."""
-    if "<!-- versions -->" in markdown:
-        markdown = markdown.replace("<!-- versions -->", versions())
-    return SOURCES.sub(r"](about:blank#\1)", markdown)
+    """Fill in the table of versions."""
+    return markdown.replace("<!-- versions -->", versions())
 
 
 def on_page_content(html: str, **_: Any) -> str:

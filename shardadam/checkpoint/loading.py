@@ -70,9 +70,8 @@ def load(
 
     Raises:
         CheckpointError: no checkpoint is whole, or the newest does not fit; nothing has changed.
-        RuntimeError: a rank failed; if reading broke off, the optimizer says so from now on.
-
-        In each case on every rank.
+        RuntimeError: a rank failed; if reading broke off, the optimizer says so from now on. This
+            and the others on every rank.
     """
     finish()
     communicator = communicator_of(optimizer, process_group)

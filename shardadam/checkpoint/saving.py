@@ -48,9 +48,8 @@ _RAISES = """
     Raises:
         CheckpointError: something that can't be saved, by name.
         OSError: a rank could not write.
-        RuntimeError: the optimizer's step was broken off; a rank died, or came elsewhere.
-
-        In each case on every rank, with the last checkpoint as it was.
+        RuntimeError: the optimizer's step was broken off; a rank died, or came elsewhere. This and
+            the others on every rank, with the last checkpoint as it was.
 """
 
 
