@@ -38,7 +38,10 @@ def main() -> None:
         "torch AdamW(fused)": step(torch.optim.AdamW, fused=True),
         "shardadam AdamW": step(shardadam.AdamW),
     }
-    measured = table(interleaved(steps, args.repeats), baseline)
+    measured = table(
+        interleaved(steps, args.repeats, before=dist.barrier if of_fsdp2 else lambda: None),
+        baseline,
+    )
     if not of_fsdp2 or dist.get_rank() == 0:
         kind = f"of FSDP2 on {dist.get_world_size()} ranks" if of_fsdp2 else "on one process"
         print(f"\n{args.params} params of {args.size}x{args.size} {kind}, {stamp()}\n")

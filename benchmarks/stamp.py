@@ -33,13 +33,18 @@ def interleaved(
     functions: dict[str, Callable[[], object]],
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, the functions taking turns so that noise hits all alike."""
+    """Seconds of each call, the functions taking turns so that noise hits all alike.
+
+    ``before`` is called before each: a barrier, so that none waits for another's rank.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
     for _ in range(repeats):
         for name, function in functions.items():
+            before()
             start = clock()
             function()
             seconds[name].append(clock() - start)

@@ -125,6 +125,8 @@ class DistributedGrads(BucketGrads):
         super().__init__(bucket)
         self._replicas, self._compared = replicas, not replicas.elsewhere
         self._specs = [param._spec for param in bucket.params]  # type: ignore[attr-defined]
+        self._sizes = [(view.dtype, view.numel()) for view in bucket.views]
+        self._regular = False
         self._seen: list[Tensor | None] = []
         self._odd: dict[int, Any] = {}
 
@@ -132,7 +134,8 @@ class DistributedGrads(BucketGrads):
         """As in `BucketGrads`."""
         grads: list[Any] = list(map(_grad, self.bucket.params))
         # Nearly always the specs are those objects; what is done per param adds up.
-        if [getattr(grad, "_spec", None) for grad in grads] == self._specs:
+        self._regular = [getattr(grad, "_spec", None) for grad in grads] == self._specs
+        if self._regular:
             self._odd, self.local = {}, [*dtensors.locals_of(grads)]
         else:
             self._odd = {
@@ -145,6 +148,9 @@ class DistributedGrads(BucketGrads):
 
     def misfit(self) -> tuple[int, Exception] | None:
         """As in `BucketGrads`."""
+        local = [grad for grad in self.local if grad is not None]
+        if self._regular and [(grad.dtype, grad.numel()) for grad in local] == self._sizes:
+            return None
         for index, grad in self._odd.items():
             param: Any = self.bucket.params[index]
             if not dtensors.same_mesh(grad, param) or _kind(grad) != _kind(param):

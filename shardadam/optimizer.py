@@ -246,8 +246,9 @@ class ShardedOptimizer(ShardedState):
             self._steps.commit([update.steps for update in updates], factor, skip)
             for update in self._updater.run(updates, skip):
                 self._gathers.start(update.grads.bucket, update.grads.updated_params())
-        for run in (run for update in updates for run in update.runs):
-            run.release()
+        for update in updates:
+            for run in update.runs:
+                run.release()
 
     def _check_early(self) -> list[str]:
         """Raise what `step()` would, before a backward pass updates; what ranks must agree on."""
