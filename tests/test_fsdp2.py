@@ -5,122 +5,37 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FullyShardedDataParallel,
     MixedPrecisionPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
     SequenceParallel,
     parallelize_module,
 )
 
 import shardadam
+from meshes import (
+    PLAN,
+    WAYS,
+    WIDTH,
+    Net,
+    assert_same,
+    backward,
+    batch,
+    full,
+    fulls,
+    hybrid,
+    on_one_dim,
+    seed_of,
+)
 from ranks import run_ranks
 from shardadam import checkpoint
-
-WIDTH = 53  # of no mesh a multiple
-
-
-class Net(nn.Module):
-    """Norms and linears, as a transformer has them; `up` and `down` can be tensor-parallel."""
-
-    def __init__(self, width: int = WIDTH, hidden: int = 160) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.start = nn.Linear(30, width)
-        self.norm = nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.end = nn.Linear(width, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.start(x)
-        return self.end(x + self.down(self.up(self.norm(x)).relu()))
-
-
-def fsdp(model: nn.Module, mesh: DeviceMesh, **options: object) -> nn.Module:
-    for part in (model.up, model.down):
-        fully_shard(part, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
-
-
-def on_one_dim(dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return fsdp(Net().to(dtype), mesh, **options)
-
-
-def hybrid(dtype: torch.dtype = torch.float32) -> nn.Module:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    return fsdp(Net().to(dtype), mesh)
-
-
-PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-
-
-def tensor_parallel(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Some params DTensors, the others plain and the same on all ranks."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return parallelize_module(Net().to(dtype), mesh, PLAN)
-
-
-def two_dims(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """FSDP2 of tensor-parallel params, on both dims, and of others, on one."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
-    return fsdp(parallelize_module(Net().to(dtype), mesh["tp"], PLAN), mesh["fsdp"])
-
-
-WAYS = {
-    "fsdp 1": (1, on_one_dim),
-    "fsdp 2": (2, on_one_dim),
-    "fsdp 4": (4, on_one_dim),
-    "hsdp": (4, hybrid),
-    "tp": (2, tensor_parallel),
-    "fsdp x tp": (4, two_dims),
-}
-
-
-def batch(model: nn.Module, seed: int) -> Tensor:
-    values = torch.randn(16, 30, generator=torch.Generator().manual_seed(seed))
-    return values.to(next(model.parameters()).dtype)
-
-
-def backward(model: nn.Module, seed: int) -> Tensor:
-    loss = model(batch(model, seed)).square().mean()
-    loss.backward()
-    return loss.detach()
-
-
-def full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def fulls(tensors: list[Tensor]) -> list[Tensor]:
-    return [full(tensor).clone() for tensor in tensors]
-
-
-def seed_of(model: nn.Module, step: int) -> int:
-    """Ranks that FSDP2 averages over have batches of their own, tensor-parallel ones the same."""
-    param = model.up.weight
-    mesh = param.device_mesh
-    names = mesh.mesh_dim_names or ("fsdp",) * mesh.ndim
-    if not hasattr(model, "unshard"):
-        return step
-    at = [c for c, name in zip(mesh.get_coordinate(), names, strict=True) if name != "tp"]
-    return 100 * step + sum(c * 10**i for i, c in enumerate(at))
-
-
-def assert_same(left: list[Tensor], right: list[Tensor]) -> None:
-    for one, other in zip(left, right, strict=True):
-        assert torch.equal(one, other)
-
 
 # ---- the update ----------------------------------------------------------------------------------
 
@@ -376,195 +291,6 @@ def with_policies(rank: int) -> None:
 
 def test_mixed_precision_and_offload_of_fsdp2():
     run_ranks(2, with_policies)
-
-
-# ---- state ---------------------------------------------------------------------------------------
-
-
-def shows_dtensors(rank: int) -> None:
-    model = two_dims()
-    optimizer = shardadam.AdamW(model.parameters(), amsgrad=True)
-    backward(model, seed_of(model, 0))
-    optimizer.step()
-    for param in model.parameters():
-        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-            shown = optimizer.state[param][name]
-            assert isinstance(shown, DTensor) and shown.shape == param.shape
-            assert shown.placements == param.placements
-            assert shown.device_mesh == param.device_mesh
-    lines = repr(optimizer).splitlines()
-    assert "10 DTensors updated where they are" in lines[-1]
-
-
-def test_state_is_shown_as_dtensors():
-    run_ranks(4, shows_dtensors)
-
-
-def trained(way: str, kind: str, folder: str | None = None, steps: int = 2):
-    dtype, options = SAVED[kind]
-    model = WAYS[way][1](dtype) if way in WAYS else Net().to(dtype)
-    optimizer = shardadam.AdamW(model.parameters(), lr=1e-2, **options)
-    for step in range(steps):
-        go_on(model, optimizer, step)
-    return model, optimizer
-
-
-def go_on(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """A step with a gradient that is the same however the model is distributed."""
-    generator = torch.Generator().manual_seed(step)
-    for param in model.parameters():
-        grad = torch.randn(param.shape, generator=generator).to(param.dtype)
-        if isinstance(param, DTensor):
-            grad = distribute_tensor(grad, param.device_mesh, param.placements)
-        param.grad = grad
-    optimizer.step()
-
-
-SAVED = {
-    "fp32": (torch.float32, {}),
-    "bf16": (torch.bfloat16, {"amsgrad": True}),
-    "lean": (torch.bfloat16, {"memory": "lean"}),
-    "leanest": (torch.bfloat16, {"memory": "leanest"}),
-}
-
-
-def save(rank: int, way: str, kind: str, folder: str) -> list[Tensor]:
-    model, optimizer = trained(way, kind)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
-    go_on(model, optimizer, 7)
-    return fulls(list(model.parameters()))
-
-
-def load(rank: int, way: str, kind: str, folder: str) -> list[Tensor]:
-    model, optimizer = trained(way, kind, steps=1)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=folder)
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-    )
-    go_on(model, optimizer, 7)
-    return fulls(list(model.parameters()))
-
-
-@pytest.mark.parametrize("kind", ["fp32", "bf16"])
-def test_a_checkpoint_is_read_at_any_mesh(kind, tmp_path):
-    others = {"fsdp 2": ["fsdp 1", "fsdp 4", "fsdp x tp", "fsdp 2"], "fsdp x tp": ["hsdp"]}
-    for number, way in enumerate(others):
-        folder = str(tmp_path / str(number))
-        expected = run_ranks(WAYS[way][0], save, way, kind, folder)[0]
-        for other in others[way]:
-            for found in run_ranks(WAYS[other][0], load, other, kind, folder):
-                assert_same(found, expected)
-
-
-@pytest.mark.parametrize("kind", ["lean", "leanest"])
-def test_a_checkpoint_with_codes_is_read_at_any_mesh(kind, tmp_path):
-    folder = str(tmp_path / "saved")
-    expected = run_ranks(2, save, "fsdp 2", kind, folder)[0]
-    assert_same(run_ranks(2, load, "fsdp 2", kind, folder)[0], expected)  # the same blocks
-    for other in ["fsdp 4", "fsdp x tp"]:
-        found = run_ranks(4, load, other, kind, folder)[0]
-        for ours, theirs in zip(found, expected, strict=True):
-            # The moments' codes are rounded once more, in other blocks: an update of lr at most
-            # moves by a few of the steps between 8-bit codes, and is rounded to bfloat16.
-            bound = 1e-2 * 0.1 + theirs.abs().float() * 2**-7
-            assert ((ours.float() - theirs.float()).abs() <= bound).all()
-
-
-def load_plain(rank: int, folder: str) -> list[Tensor]:
-    """What FSDP2's ranks saved, by plain params on any number of ranks, sharded by us."""
-    model = Net()
-    optimizer = shardadam.AdamW(model.parameters(), lr=1e-2, grad_sync="none")
-    go_on(model, optimizer, 0)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=folder)
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
-    go_on(model, optimizer, 7)
-    return fulls(list(model.parameters()))
-
-
-def load_torch(rank: int, folder: str) -> Tensor:
-    model = on_one_dim()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.load(state, checkpoint_id=folder)
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
-    return full(optimizer.state[model.up.weight]["exp_avg"])
-
-
-def test_a_checkpoint_is_read_by_plain_params_and_by_torch(tmp_path):
-    folder = str(tmp_path / "saved")
-    expected = run_ranks(2, save, "fsdp 2", "fp32", folder)[0]
-    for found in run_ranks(3, load_plain, folder):
-        assert_same(found, expected)
-    ours = run_ranks(2, moments_of, "fsdp 2")[0]
-    assert torch.equal(run_ranks(2, load_torch, folder)[0], ours)
-
-
-def moments_of(rank: int, way: str) -> Tensor:
-    model, optimizer = trained(way, "fp32")
-    return full(optimizer.state[model.up.weight]["exp_avg"])
-
-
-def consolidates(rank: int, kind: str) -> None:
-    model, optimizer = trained("fsdp x tp", kind)
-    whole = optimizer.consolidate_state_dict(to=1)
-    assert (whole is None) == (rank != 1)
-    shared = [whole]
-    dist.broadcast_object_list(shared, src=1)
-    plain = Net().to(SAVED[kind][0])
-    with torch.no_grad():
-        for param, value in zip(plain.parameters(), fulls(list(model.parameters())), strict=True):
-            param.copy_(value)
-    other = shardadam.AdamW(plain.parameters(), grad_sync="none", **SAVED[kind][1])
-    other.load_state_dict(shared[0])
-    again, fresh = trained("fsdp x tp", kind, steps=1)
-    with torch.no_grad():
-        for param, value in zip(again.parameters(), model.parameters(), strict=True):
-            param.copy_(value)
-    fresh.load_state_dict(shared[0])  # full tensors: each rank takes its own part
-    for each, each_optimizer in ((model, optimizer), (plain, other), (again, fresh)):
-        go_on(each, each_optimizer, 7)
-    assert_same(fulls(list(plain.parameters())), fulls(list(model.parameters())))
-    assert_same(fulls(list(again.parameters())), fulls(list(model.parameters())))
-
-
-@pytest.mark.parametrize("kind", ["fp32", "bf16"])
-def test_consolidated_state_is_whole(kind):
-    run_ranks(4, consolidates, kind)
-
-
-def follows_its_memory(rank: int) -> None:
-    """FSDP2 gives a param another local tensor when a model is loaded into uneven shards."""
-    model, optimizer = trained("fsdp 4", "fp32")
-    values = {name: value.clone() for name, value in model.state_dict().items()}
-    model.load_state_dict(values, assign=True)
-    moved = optimizer.param_groups[0]["params"]
-    params = list(model.parameters())
-    if all(a is b for a, b in zip(moved, params, strict=True)):
-        go_on(model, optimizer, 7)
-        assert optimizer.state[params[0]]["step"] == 3
-    for param in moved:
-        param._local_tensor = param._local_tensor.clone()
-    before = fulls(moved)
-    for param in moved:
-        param.grad = param.detach().clone()
-    optimizer.step()
-    assert not torch.equal(fulls(moved)[0], before[0])
-
-
-def test_follows_params_to_other_memory():
-    run_ranks(4, follows_its_memory)
 
 
 # ---- errors --------------------------------------------------------------------------------------
