@@ -1,6 +1,7 @@
 """The whole state on one rank: from every rank's shards to full tensors, bucket by bucket."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,38 @@ from shardadam.kernels.state_formats import decode, is_scale, part_of
 from shardadam.params import view_like
 from shardadam.shown_state import is_ours
 from shardadam.state_dict import ids_of
+
+
+@dataclass(slots=True)
+class Whole:
+    """What was consolidated, while it is the state: for `ShardTensor` to be saved as.
+
+    ``versions``: of the buckets' tensors, which are written to by hand too.
+    """
+
+    state: dict[Any, Any] | None
+    buckets: Sequence[FlatBucket]
+    versions: list[int]
+
+    @classmethod
+    def of(cls, state: dict[Any, Any], buckets: Sequence[FlatBucket]) -> "Whole":
+        """``state`` is that of ``buckets`` now."""
+        return cls(state, buckets, _versions(buckets))
+
+    def tensor(self, id: Any, name: str) -> Tensor | None:
+        """The full tensor ``name`` of param ``id``; None when it has changed."""
+        if self.state is None or self.versions != _versions(self.buckets):
+            return None
+        found: Tensor | None = self.state.get(id, {}).get(name)
+        return found
+
+
+def _versions(buckets: Sequence[FlatBucket]) -> list[int]:
+    return [
+        tensor._version
+        for bucket in buckets
+        for tensor in (*bucket.state.values(), *bucket.scalars.values())
+    ]
 
 
 def consolidate(

@@ -235,6 +235,7 @@ class ShardedOptimizer(ShardedState):
     ) -> None:
         """Update bucket by bucket, each one's params being gathered while the next is updated."""
         skip = skip if self._backend.folds_on_device else None
+        self._forget_whole()
         hypers = [self._hyperparameters(group) for group in self.param_groups]
         for bucket in lack_maximum((grads.bucket for grads in buckets), self.param_groups):
             bucket.add_maximum()

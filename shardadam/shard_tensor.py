@@ -9,6 +9,9 @@ param's own shape, whatever the world size and the buckets: what torch.optim's s
 
 It is not a DTensor, which would be cut along a dim, and there is no arithmetic on it but what
 compares two of them. ``torch.load(weights_only=True)`` takes it where shardadam is imported.
+
+While the whole tensor is known on this rank (`consolidate_state_dict()`), that is what torch.save
+writes: programs that save the state dict of one rank then save all of it.
 """
 
 import math
@@ -93,29 +96,39 @@ def extent_of(
     return Extent(tuple(shape), order, first, numel, rank, world_size)
 
 
+def nothing() -> None:
+    """The whole tensor is not known."""
+
+
 class ShardTensor(Tensor):
     """A tensor of which only some elements are here; see [Note: checkpoints].
 
     Attributes:
         local: the elements that are here, 1-D, in the order of memory.
         extent: which those are.
+        whole: gives the whole tensor, on the host, or None where it is not known.
     """
 
     local: Tensor
     extent: Extent
+    whole: Callable[[], Tensor | None]
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, local: Tensor, extent: Extent) -> "ShardTensor":
+    def __new__(
+        cls, local: Tensor, extent: Extent, whole: Callable[[], Tensor | None] = nothing
+    ) -> "ShardTensor":
         """A wrapper without memory of its own: its address is 0, as torch's stagers expect."""
         made: ShardTensor = Tensor._make_wrapper_subclass(
             cls, extent.shape, strides=extent.strides(), dtype=local.dtype, device=local.device
         )
         return made
 
-    def __init__(self, local: Tensor, extent: Extent) -> None:
-        self.local, self.extent = local, extent
+    def __init__(
+        self, local: Tensor, extent: Extent, whole: Callable[[], Tensor | None] = nothing
+    ) -> None:
+        self.local, self.extent, self.whole = local, extent, whole
 
     # ---- torch.distributed.checkpoint ------------------------------------------------------------
 
@@ -169,11 +182,16 @@ class ShardTensor(Tensor):
         if isinstance(first, ShardTensor):
             local, extent = first.local, first.extent
             if func in (aten.detach.default, aten.alias.default):
-                return ShardTensor(local.detach(), extent)
+                return ShardTensor(local.detach(), extent, first.whole)
             if func is aten.clone.default:
-                return ShardTensor(local.clone(), extent)
+                copied = local.clone()
+                return ShardTensor(copied, extent, first._whole_for(copied))
             if func is aten._to_copy.default:
-                return ShardTensor(aten._to_copy.default(local, **options), extent)
+                copied = aten._to_copy.default(local, **options)
+                converted = copied.dtype != local.dtype
+                return ShardTensor(
+                    copied, extent, nothing if converted else first._whole_for(copied)
+                )
             if func in (aten.empty_like.default, aten.zeros_like.default):
                 return ShardTensor(torch.zeros_like(local, **options), extent)
             if func is aten.new_empty.default and tuple(others[0]) == extent.shape:
@@ -189,6 +207,7 @@ class ShardTensor(Tensor):
                     return func(local, other.local, **(kwargs or {}))
                 if func is aten.copy_.default and same:
                     local.copy_(other.local)
+                    torch.autograd.graph.increment_version(local)  # not done in here
                     return first
         raise NotImplementedError(
             f"{func} on {next(arg for arg in args if isinstance(arg, ShardTensor))}: only a rank's "
@@ -202,11 +221,20 @@ class ShardTensor(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ShardTensor":
         """A copy that shares no memory."""
-        copied = memo[id(self)] = ShardTensor(self.local.clone(), self.extent)
+        local = self.local.clone()
+        copied = memo[id(self)] = ShardTensor(local, self.extent, self._whole_for(local))
         return copied
+
+    def _whole_for(self, copied: Tensor) -> Callable[[], Tensor | None]:
+        """What `whole` gives a copy: the same, until that is written to."""
+        whole, version = self.whole(), copied._version
+        return lambda: whole if copied._version == version else None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A tensor and numbers: see [Note: checkpoints]."""
+        whole = self.whole()
+        if whole is not None:
+            return whole.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
         extent = self.extent
         numbers = (extent.shape, extent.order, extent.first, extent.rank, extent.world_size)
         return restored, (self.local, *numbers)

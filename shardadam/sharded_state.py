@@ -36,6 +36,7 @@ class ShardedState(torch.optim.Optimizer):
     _broken: str | None
     _shown: ShownState
     _edited: list[str]
+    _whole: consolidation.Whole | None = None  # until the next update
 
     def _shard(
         self, options: Options, rounds: Sequence[Sequence[Candidate] | None] = (None,)
@@ -85,13 +86,17 @@ class ShardedState(torch.optim.Optimizer):
 
         With several ranks its tensors hold the elements that this rank owns, and know which: the
         same rank of the same world goes on bit for bit, torch.distributed.checkpoint at any size.
+        Saved to a file they become whole tensors if this rank has consolidated the state since the
+        last update.
 
         Raises:
             ValueError: what was put into ``optimizer.state`` by hand does not fit.
         """
 
         def pack_(_: torch.optim.Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
-            return pack(packed, ids_of(self.param_groups), self._places, self._communicator)
+            whole = None if self._whole is None else self._whole.tensor
+            ids = ids_of(self.param_groups)
+            return pack(packed, ids, self._places, self._communicator, whole)
 
         # After users' hooks that may write to the state, before those that make something of it.
         with (
@@ -107,11 +112,24 @@ class ShardedState(torch.optim.Optimizer):
         torch.optim's class of the same name loads it, and this one at any world size: it finds
         16-bit params' masters in entries that torch ignores.
 
+        Until the next update, what that rank saves of its `state_dict()` by torch.save is whole
+        too, as programs expect that were written for torch's ZeroRedundancyOptimizer.
+
         Raises:
             ValueError: ``to`` is not a rank, or differs between ranks.
         """
+        self._forget_whole()
         held = self.state_dict(), self.param_groups, self._buckets
-        return consolidation.consolidate(*held, self._communicator, to, self._broken)
+        whole = consolidation.consolidate(*held, self._communicator, to, self._broken)
+        if whole is not None and self._communicator.world_size > 1:
+            self._whole = consolidation.Whole.of(whole["state"], self._buckets)
+        return whole
+
+    def _forget_whole(self) -> None:
+        """Also in state dicts that are still around: it is large, and no longer the state."""
+        if self._whole is not None:
+            self._whole.state = None
+            self._whole = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this rank's `state_dict()`, or full tensors as torch.optim's optimizers save them.
@@ -156,6 +174,7 @@ class ShardedState(torch.optim.Optimizer):
             super().__setstate__({**state, "state": {}})
             self._shard(self._options, rounds)
         self.synchronize()
+        self._forget_whole()
         for write in plan_load(self.param_groups, self._places, self._communicator, given):
             write()
         self._show(others(state))

@@ -2,7 +2,8 @@
 
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from shardadam.collectives import Communicator
 from shardadam.entry_reader import EntryReader, Write, extent
 from shardadam.kernels.state_formats import is_scale, per_element
 from shardadam.params import view_like
-from shardadam.shard_tensor import ShardTensor
+from shardadam.shard_tensor import ShardTensor, nothing
 from shardadam.shards import ParamShard, shard_of
 from shardadam.shown_state import ShownState, is_ours, plain
 
@@ -36,10 +37,16 @@ def pack(
     ids: Mapping[Tensor, Any],
     places: _Places,
     communicator: Communicator,
+    whole: Callable[[Any, str], Tensor | None] | None = None,
 ) -> dict[str, Any]:
     """``packed``, its tensors knowing which elements they hold: see [Note: checkpoints].
 
-    ``ids``: the keys of its "state".
+    Args:
+        packed: torch's state dict.
+        ids: the keys of its "state".
+        places: where the params are.
+        communicator: the ranks.
+        whole: gives the full tensor of a key and a name, while it is known.
     """
     state = plain(packed["state"])
     for param, (bucket, index) in places.items():
@@ -51,8 +58,10 @@ def pack(
         elif communicator.world_size > 1:
             shard = shard_of(bucket, index)
             wrapped = {
-                bucket.shown_name(index, name): ShardTensor(
-                    _pairs(shard, value), extent(shard, name, communicator)
+                (shown := bucket.shown_name(index, name)): ShardTensor(
+                    _pairs(shard, value),
+                    extent(shard, name, communicator),
+                    partial(whole, id, shown) if whole else nothing,
                 )
                 for name, value in shard.tensors.items()
             }

@@ -12,6 +12,7 @@ from peaks import peak_growth
 import shardadam
 from models import Awkward, mlp, same, train, values
 from ranks import run_ranks
+from shardadam.shard_tensor import ShardTensor
 
 KINDS = [
     ("AdamW", torch.float32, {}),
@@ -129,6 +130,56 @@ def is_a_snapshot(rank: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_snapshot_stays_as_it_is(world_size):
     run_ranks(world_size, is_a_snapshot)
+
+
+def is_sharded(state_dict: dict) -> bool:
+    tensors = [v for entry in state_dict["state"].values() for v in entry.values() if v.dim()]
+    assert len({type(tensor) for tensor in tensors}) == 1
+    return isinstance(tensors[0], ShardTensor)
+
+
+def is_saved(rank: int, options: dict) -> None:
+    """As with ZeroRedundancyOptimizer; Lightning and Hugging Face's Trainer save like this."""
+    model, optimizer = trained(rank, "AdamW", torch.bfloat16, {"bucket_bytes": 4096, **options})
+    moment = next(name for name in optimizer.state[model[0].weight] if name.startswith("exp_avg"))
+    changes = [
+        lambda: train(model, optimizer, range(1)),
+        lambda: optimizer.state[model[0].weight][moment].add_(1),
+        lambda: optimizer.state[model[0].weight]["step"].add_(1),
+        lambda: optimizer.state.clear(),
+        lambda: optimizer.load_state_dict(optimizer.state_dict()),
+        lambda: optimizer.add_param_group(
+            {"params": [("late", torch.nn.Parameter(torch.ones(9)))]}
+        ),
+    ]
+    for change in changes:
+        to = 1
+        whole = optimizer.consolidate_state_dict(to)
+        optimizer.param_groups[0]["lr"] *= 0.5
+        held = optimizer.state_dict()
+        copied = copy.deepcopy(held)
+        written = copy.deepcopy(held)
+        for entry in written["state"].values():
+            entry[moment].copy_(entry[moment])
+        for found in (held, copied):
+            assert is_sharded(found)
+            saved = through_a_file(found)
+            assert is_sharded(saved) == (rank != to)
+            assert saved["param_groups"][0]["lr"] == optimizer.param_groups[0]["lr"]
+            if rank == to:
+                for index, entry in saved["state"].items():
+                    for name, value in entry.items():
+                        assert torch.equal(whole["state"][index][name], value)
+        assert isinstance(through_a_file(written)["state"][0][moment], ShardTensor)
+        change()
+        assert is_sharded(through_a_file(optimizer.state_dict()))
+        assert is_sharded(through_a_file(held))  # what it refers to has changed
+        assert is_sharded(through_a_file(copied)) == (rank != to)
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": "leanest"}], ids=["plain", "coded"])
+def test_what_the_receiver_saves_is_whole(options):
+    run_ranks(2, is_saved, options)
 
 
 def refuses(rank: int) -> None:
