@@ -25,6 +25,7 @@ from shardadam.sharded_state import ShardedState
 from shardadam.shown_state import ShownState
 from shardadam.steps import DeviceSteps, HostSteps, Steps
 from shardadam.updates import lack_maximum, plan
+from shardadam.wrapped import on_the_wrapped
 
 _Seen = dict[str, Range]
 
@@ -40,7 +41,7 @@ class ShardedOptimizer(ShardedState):
             `step()` or `clip_grad_norm_()`, before clipping; None where neither measured it.
     """
 
-    grad_norm: Tensor | None = None
+    grad_norm: Tensor | None
     # GradScaler then leaves unscaling and skipping to step(), where all ranks decide as one.
     _step_supports_amp_scaling = True
     _scalars: dict[str, float] = {"step": 0.0}  # noqa: RUF012  (torch.optim is no dataclass)
@@ -273,6 +274,7 @@ class ShardedOptimizer(ShardedState):
         """A param group's, as the rule reads them."""
         raise NotImplementedError
 
+    @on_the_wrapped
     def overlap_gather(self, model: torch.nn.Module) -> None:
         """From now on, let `step()` return while params are still being gathered.
 
@@ -302,6 +304,7 @@ class ShardedOptimizer(ShardedState):
 
     # ---- gradients ------------------------------------------------------------------------------
 
+    @on_the_wrapped
     @_disable_dynamo
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, *, error_if_nonfinite: bool = False) -> Tensor:
@@ -349,11 +352,6 @@ class ShardedOptimizer(ShardedState):
             yield
         finally:
             self._backward.syncing = before
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch.optim; also forgets gradients that are already sharded."""
-        self._forget_grads()
-        super().zero_grad(set_to_none)
 
     def _forget_grads(self) -> None:
         self._reducer.clear()

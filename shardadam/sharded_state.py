@@ -1,5 +1,6 @@
 """The optimizer's state as users see it: shown, edited, saved, loaded, copied."""
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from shardadam.shown_state import ShownState
 from shardadam.state_dict import ids_of, others, pack, plan_edits, plan_load
 from shardadam.steps import Steps
 from shardadam.storage import StateMemory
+from shardadam.wrapped import on_the_wrapped
 
 
 class ShardedState(torch.optim.Optimizer):
@@ -37,6 +39,13 @@ class ShardedState(torch.optim.Optimizer):
     _shown: ShownState
     _edited: list[str]
     _whole: consolidation.Whole | None = None  # until the next update
+    _itself: weakref.ref["ShardedState"]  # for `on_the_wrapped`
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "ShardedState":
+        """Copies too are made by it, and wrappers are not."""
+        made = super().__new__(cls)
+        made._itself = weakref.ref(made)
+        return made
 
     def _shard(
         self, options: Options, rounds: Sequence[Sequence[Candidate] | None] = (None,)
@@ -81,6 +90,7 @@ class ShardedState(torch.optim.Optimizer):
         self._shown.add((c.param for candidates in self._rounds for c in candidates), state)
         self._shown.notes.written = False
 
+    @on_the_wrapped
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, in torch's form. Never communicates.
 
@@ -105,6 +115,7 @@ class ShardedState(torch.optim.Optimizer):
         ):
             return super().state_dict()
 
+    @on_the_wrapped
     @torch.no_grad()
     def consolidate_state_dict(self, to: int = 0) -> dict[str, Any] | None:
         """The whole state on the host of rank ``to`` of the group, None on others. Collective.
@@ -131,6 +142,7 @@ class ShardedState(torch.optim.Optimizer):
             self._whole.state = None
             self._whole = None
 
+    @on_the_wrapped
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this rank's `state_dict()`, or full tensors as torch.optim's optimizers save them.
 
@@ -150,6 +162,12 @@ class ShardedState(torch.optim.Optimizer):
                 super().load_state_dict(state_dict)
         finally:
             self._loading = None
+
+    @on_the_wrapped
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch.optim; also forgets gradients that are already sharded."""
+        self._forget_grads()
+        super().zero_grad(set_to_none)
 
     def __copy__(self) -> "ShardedState":
         raise TypeError(
@@ -181,6 +199,7 @@ class ShardedState(torch.optim.Optimizer):
         super().__setstate__({**state, "state": self.state})
         self._forget_grads()
 
+    @on_the_wrapped
     def __repr__(self) -> str:
         """Torch's, and what runs: ranks, gradients, memory, kernel."""
         if not self._sharded:

@@ -13,7 +13,8 @@ import shardadam
 PACKAGE = Path(shardadam.__file__).parent
 # Who may import whom: the modules of each line only those of the lines above it.
 LEVELS = [
-    ["boxes", "dtensors", "layout", "kernels.exact_sum", "kernels.coefficients", "kernels.cubins"],
+    ["boxes", "dtensors", "layout", "wrapped"],
+    ["kernels.exact_sum", "kernels.coefficients", "kernels.cubins"],
     ["kernels.run", "kernels.random_bits", "kernels.cuda_arguments", "kernels.cuda_driver"],
     ["kernels.coded_state"],
     ["kernels.reference", "kernels.cpu"],
