@@ -34,7 +34,7 @@ LEVELS = [
     ["offload"],
     ["optimizer"],
     ["adam", "integrations", "integrations.ddp"],
-    ["integrations.deepspeed"],
+    ["integrations.deepspeed", "integrations.huggingface"],
     ["checkpoint.errors", "checkpoint.parts"],
     ["checkpoint.manifest", "checkpoint.plain", "checkpoint.progress", "checkpoint.together"],
     ["checkpoint.folders", "checkpoint.rng", "checkpoint.tensorfile"],
@@ -184,7 +184,8 @@ start = time.process_time()
 import shardadam
 print(time.process_time() - start)
 new = set(sys.modules) - before
-assert not any(name.split('.')[0] in ('cuda', 'deepspeed', 'rich') for name in new), new
+optional = {'accelerate', 'cuda', 'deepspeed', 'lightning', 'rich', 'transformers'}
+assert not any(name.split('.')[0] in optional for name in new), new
 assert 'libshardadam' not in open('/proc/self/maps').read() if sys.platform == 'linux' else True
 """
 
