@@ -7,24 +7,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FullyShardedDataParallel,
-    MixedPrecisionPolicy,
-    fully_shard,
-)
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.tensor import Partial, Replicate
+from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 
 import shardadam
 from meshes import (
-    PLAN,
     WAYS,
     WIDTH,
-    Net,
     assert_same,
     backward,
     batch,
@@ -35,7 +25,6 @@ from meshes import (
     seed_of,
 )
 from ranks import run_ranks
-from shardadam import checkpoint
 
 # ---- the update ----------------------------------------------------------------------------------
 
@@ -291,80 +280,3 @@ def with_policies(rank: int) -> None:
 
 def test_mixed_precision_and_offload_of_fsdp2():
     run_ranks(2, with_policies)
-
-
-# ---- errors --------------------------------------------------------------------------------------
-
-
-def refuses(rank: int, folder: str) -> None:
-    model = on_one_dim()
-    for option in ("shard_grads", "update_in_backward"):
-        with pytest.raises(ValueError, match=rf"start.weight \(DTensor .*{option}=True"):
-            shardadam.AdamW(model.named_parameters(), **{option: True})
-    optimizer = shardadam.AdamW(model.named_parameters())
-    with pytest.raises(checkpoint.CheckpointError, match=r"DTensor: expected torch.distributed"):
-        checkpoint.save(folder, step=1, optimizer=optimizer, model=model)
-    mesh = init_device_mesh("cpu", (2,))
-    partial = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Partial()], run_check=False))
-    with pytest.raises(ValueError, match="expected a param that is sharded or replicated"):
-        shardadam.AdamW([partial])
-    saved = optimizer.state_dict()
-    moved = saved["state"][0]["exp_avg"].redistribute(mesh, [Shard(1)])
-    saved["state"][0] = {**saved["state"][0], "exp_avg": moved}
-    with pytest.raises(ValueError, match=r"start.weight: expected exp_avg distributed like"):
-        optimizer.load_state_dict(saved)
-    backward(model, rank)
-    moved = model.up.bias.grad.redistribute(mesh, [Replicate()])
-    if rank:
-        model.up.bias.grad = moved
-    with pytest.raises(ValueError, match=r"ranks differ: .*gradient of up.bias as DTensor R"):
-        optimizer.step()
-
-
-def test_refusals_name_the_param(tmp_path):
-    run_ranks(2, refuses, str(tmp_path))
-
-
-def older(rank: int) -> None:
-    for keeps_params in (False, True):
-        model = FullyShardedDataParallel(
-            Net(), device_id=torch.device("cpu"), use_orig_params=keeps_params
-        )
-        with pytest.raises(ValueError, match="belongs to FullyShardedDataParallel"):
-            shardadam.AdamW(model.named_parameters())
-
-
-def test_fsdp1_is_refused():
-    run_ranks(2, older)
-
-
-def stages(rank: int) -> None:
-    """Pipeline stages of one shape are different params."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "fsdp"))
-    torch.manual_seed(rank // 2)
-    stage = fully_shard(nn.Linear(20, 20), mesh=mesh["fsdp"])
-    with pytest.raises(ValueError, match=r"the values of bias .* differ between ranks 0 and 2"):
-        shardadam.AdamW(stage.named_parameters())
-    optimizer = shardadam.AdamW(stage.named_parameters(), process_group=mesh["fsdp"].get_group())
-    stage(torch.randn(4, 20)).sum().backward()
-    optimizer.step()
-
-
-def test_pipeline_stages_need_groups_of_their_own():
-    run_ranks(4, stages)
-
-
-def forgotten_mesh(rank: int) -> None:
-    """Data parallelism over a mesh dim that nobody averages over."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tp"))
-    model = parallelize_module(Net(), mesh["tp"], PLAN)
-    optimizer = shardadam.AdamW(model.named_parameters())
-    before = fulls(list(model.parameters()))
-    backward(model, rank // 2)
-    with pytest.raises(ValueError, match=r"the gradient of .* differ between ranks"):
-        optimizer.step()
-    assert_same(fulls(list(model.parameters())), before)
-
-
-def test_gradients_that_nobody_averages_are_an_error():
-    run_ranks(4, forgotten_mesh)
