@@ -5,6 +5,7 @@ that nothing is left to exchange but what has to be known of all elements, such 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any, TypeGuard
 
@@ -39,23 +40,25 @@ def locals_of(tensors: Sequence[DTensor]) -> list[Tensor]:
 
 
 def like(param: DTensor, local: Tensor) -> DTensor:
-    """``local``, shaped like that of ``param``, as a DTensor that is distributed as it is."""
-    return type(param).from_local(
-        local,
-        param.device_mesh,
-        param.placements,
-        run_check=False,
-        shape=param.shape,
-        stride=param.stride(),
-    )
+    """``local``, shaped like that of ``param``, as a DTensor that is distributed as it is.
+
+    The same memory, wherever that is: from_local would copy to the mesh's device what is offloaded.
+    """
+    spec = param._spec
+    meta = spec.tensor_meta._replace(dtype=local.dtype)
+    # torch takes a DTensor whose local tensor does not begin its storage for one that has memory
+    # itself, and then can't copy, pickle or stage it.
+    local = torch.from_dlpack(local)  # type: ignore[attr-defined]
+    return type(param)(local, replace(spec, tensor_meta=meta), requires_grad=False)
 
 
 def full(tensor: DTensor) -> Tensor:
     """All of its elements, on every rank. Collective over its mesh."""
-    local, dtype = local_of(tensor), tensor.dtype
-    if dtype == torch.int16:  # which neither gloo nor NCCL sends
-        tensor = like(tensor, local.view(torch.float16))
-    found: Tensor = tensor.full_tensor().view(dtype)
+    # The mesh may have a backend for its own device only.
+    local = local_of(tensor).to(tensor.device_mesh.device_type)
+    if local.dtype == torch.int16:  # which neither gloo nor NCCL sends
+        local = local.view(torch.float16)
+    found: Tensor = like(tensor, local).full_tensor().view(tensor.dtype)
     return found
 
 

@@ -1,4 +1,7 @@
-"""The state of DTensor params: shown, saved and loaded at any mesh."""
+"""The state of DTensor params: shown, saved, copied and loaded at any mesh."""
+
+import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,7 +9,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import shardadam
 from meshes import WAYS, Net, assert_same, backward, full, fulls, on_one_dim, seed_of, two_dims
@@ -192,3 +196,55 @@ def follows_its_memory(rank: int) -> None:
 
 def test_follows_params_to_other_memory():
     run_ranks(4, follows_its_memory)
+
+
+def copies(rank: int, folder: str) -> None:
+    """All that torch can do with its own optimizers of DTensors; with every param's state."""
+    model, optimizer = trained("fsdp 2", "bf16")
+    file = f"{folder}/{rank}.pt"
+    torch.save({"state": optimizer.state_dict(), "optimizer": optimizer}, file)
+    saved = torch.load(file, weights_only=False)
+    states = [saved["state"], saved["optimizer"].state_dict()]
+    params = optimizer.param_groups[0]["params"]
+    states.append(copy.deepcopy((params, optimizer))[1].state_dict())
+    writing = dcp.async_save(
+        state_of(model, optimizer),
+        checkpoint_id=f"{folder}/dcp",
+        process_group=dist.new_group(backend="gloo"),  # beside what training sends
+    )
+    expected = copy.deepcopy(optimizer.state_dict())
+    go_on(model, optimizer, 7)  # none of them sees it
+    writing.result()
+    model, optimizer = trained("fsdp 2", "bf16", steps=1)
+    fill(model, optimizer, f"{folder}/dcp")
+    states.append(optimizer.state_dict())
+    for state in states:
+        for index, entry in expected["state"].items():
+            for name, value in entry.items():
+                found = state["state"][index][name]
+                assert torch.equal(*(getattr(t, "_local_tensor", t) for t in (found, value)))
+
+
+def test_state_is_pickled_copied_and_saved_in_the_background(tmp_path):
+    run_ranks(2, copies, str(tmp_path))
+
+
+def offloaded(rank: int) -> None:
+    """As FSDP2's CPUOffloadPolicy leaves params: on the host, on a mesh of another device."""
+    mesh = DeviceMesh("meta", [0, 1], _init_backend=False)
+    with torch.no_grad():
+        here = distribute_tensor(torch.ones(6, 4), DeviceMesh("cpu", [0, 1]), [Shard(0)])
+        spec = replace(here._spec, mesh=mesh)
+    param, grad = (DTensor(torch.ones(3, 4), spec, requires_grad=False) for _ in range(2))
+    param = nn.Parameter(param)
+    optimizer = shardadam.AdamW([param])
+    param.grad = grad
+    optimizer.step()
+    for state in (optimizer.state[param], optimizer.state_dict()["state"][0]):
+        torch.testing.assert_close(state["exp_avg"].to_local(), torch.full((3, 4), 0.1))
+    optimizer.state[param]["exp_avg"].to_local().zero_()
+    assert not optimizer.state_dict()["state"][0]["exp_avg"].to_local().any()
+
+
+def test_state_is_shown_where_it_is():
+    run_ranks(2, offloaded)
