@@ -175,7 +175,7 @@ class DistributedGrads(BucketGrads):
     def misplaced(self) -> list[str]:
         """As in `BucketGrads`."""
         return [
-            f"the gradient of {self.bucket.names[index]} as {dtensors.describe(grad)}"
+            f"the gradient of {self.bucket.names[index]} as {describe(grad)}"
             for index, grad in self._odd.items()
         ]
 

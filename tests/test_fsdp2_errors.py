@@ -35,7 +35,7 @@ def refuses(rank: int, folder: str) -> None:
     moved = model.up.bias.grad.redistribute(mesh, [Replicate()])
     if rank:
         model.up.bias.grad = moved
-    with pytest.raises(ValueError, match=r"ranks differ: .*gradient of up.bias as DTensor R"):
+    with pytest.raises(ValueError, match=r"ranks differ: .*gradient of up.bias as .*DTensor R"):
         optimizer.step()
 
 
@@ -86,3 +86,21 @@ def forgotten_mesh(rank: int) -> None:
 
 def test_gradients_that_nobody_averages_are_an_error():
     run_ranks(4, forgotten_mesh)
+
+
+def plain_gradient(rank: int) -> None:
+    """Set by hand, on one rank only: the others learn of it."""
+    model = on_one_dim()
+    optimizer = shardadam.AdamW(model.named_parameters())
+    before = fulls(list(model.parameters()))
+    backward(model, rank)
+    if rank == 1:
+        model.up.weight.grad = torch.zeros(model.up.weight.shape)
+    expected = "another rank stopped" if rank == 0 else "up.weight: expected a gradient like"
+    with pytest.raises((ValueError, RuntimeError), match=expected):
+        optimizer.step()
+    assert_same(fulls(list(model.parameters())), before)
+
+
+def test_plain_gradients_are_refused_on_all_ranks():
+    run_ranks(2, plain_gradient)
