@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -104,3 +104,33 @@ def plain_gradient(rank: int) -> None:
 
 def test_plain_gradients_are_refused_on_all_ranks():
     run_ranks(2, plain_gradient)
+
+
+class Wrapper(Tensor):
+    """Has no memory itself, as what quantizes weights before FSDP2 gathers them."""
+
+    @staticmethod
+    def __new__(cls, wrapped: Tensor) -> "Wrapper":
+        return Tensor._make_wrapper_subclass(cls, wrapped.shape, dtype=wrapped.dtype)
+
+    def __init__(self, wrapped: Tensor) -> None:
+        self.wrapped = wrapped
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        wrapped = [arg.wrapped if isinstance(arg, cls) else arg for arg in args]
+        found = func(*wrapped, **(kwargs or {}))
+        return cls(found) if isinstance(found, Tensor) else found
+
+
+def wrapped(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    plain = nn.Parameter(Wrapper(torch.ones(4, 3)))
+    local = DTensor.from_local(Wrapper(torch.ones(4, 3)), mesh, [Shard(0)], run_check=False)
+    for param in (plain, nn.Parameter(local)):
+        with pytest.raises(ValueError, match=r"weight is.* a Wrapper.* expected a plain tensor"):
+            shardadam.AdamW([("weight", param)])
+
+
+def test_wrappers_of_other_tensors_are_refused():
+    run_ranks(2, wrapped)
