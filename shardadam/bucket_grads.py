@@ -123,7 +123,7 @@ class DistributedGrads(BucketGrads):
 
     def __init__(self, bucket: FlatBucket, replicas: Replicas) -> None:
         super().__init__(bucket)
-        self._replicas, self._compared = replicas, not replicas.elsewhere
+        self._replicas = replicas
         self._specs = [param._spec for param in bucket.params]  # type: ignore[attr-defined]
         self._sizes = [(view.dtype, view.numel()) for view in bucket.views]
         self._regular = False
@@ -180,16 +180,15 @@ class DistributedGrads(BucketGrads):
         ]
 
     def place(self, *, compare: bool) -> None:
-        """As in `BucketGrads`. Collective over the meshes, and the first time over all ranks."""
+        """As in `BucketGrads`. Collective over the meshes; over all ranks, the first time."""
         if self._odd:
             self.local = [*self.local]
             for index, grad in self._odd.items():
                 param: Any = self.bucket.params[index]
                 self.local[index] = dtensors.redistributed(grad, param)
             self._odd = {}
-        if compare and not self._compared:
+        if compare and self._replicas.elsewhere:
             self._replicas.compare_gradients(self.local)
-            self._compared = True
 
 
 def grads_of(bucket: FlatBucket, replicas: Replicas | None) -> BucketGrads:

@@ -11,7 +11,7 @@ from shardadam.agreement import Point, digest, first_difference, meet
 from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
 from shardadam.kernels.state_formats import decode, is_scale, part_of
-from shardadam.params import view_like
+from shardadam.params import describe, view_like
 from shardadam.shown_state import is_ours
 from shardadam.state_dict import ids_of
 
@@ -70,7 +70,7 @@ def consolidate(
     a coded optimizer reads, and as what they stand for, which any other does.
 
     Raises:
-        ValueError: ``to`` is not a rank, or differs between ranks.
+        ValueError: ``to`` is not a rank, differs between ranks, or is not on a DTensor's mesh.
         RuntimeError: the state is not whole; another rank failed.
     """
     error: Exception | None = None
@@ -83,6 +83,8 @@ def consolidate(
         error = ValueError(
             f"Invalid to: {to!r}, expected a rank from 0 to {communicator.world_size - 1}"
         )
+    elif communicator.rank == to:
+        error = _out_of_reach(buckets)
     names = [name for bucket in buckets for name in bucket.state]
     words = {"to": 0 if error else int(to), "names": digest("\n".join(names))}
     seen = meet(communicator, Point.CONSOLIDATION, words, error)
@@ -108,6 +110,15 @@ def consolidate(
                 **_shaped(bucket, index, dict(zip(bucket.state, flats, strict=True))),
             }
     return {**packed, "state": state} if communicator.rank == to else None
+
+
+def _out_of_reach(buckets: Sequence[FlatBucket]) -> ValueError | None:
+    """What is wrong with this rank as the receiver: only ranks of its mesh gather a DTensor."""
+    for bucket in buckets:
+        for name, param in zip(bucket.names, bucket.params, strict=True):
+            if dtensors.is_dtensor(param) and not dtensors.shard_of(param):
+                return ValueError(f"to: expected a rank on the mesh of {name}, {describe(param)}")
+    return None
 
 
 def _consolidate_dtensors(

@@ -91,10 +91,13 @@ def local_part(param: DTensor, full: Tensor) -> Tensor:
 
 
 def shard_of(param: DTensor) -> tuple[int, ...]:
-    """Where on the mesh this rank's elements are, but for the dims in which they are replicated."""
+    """Where on the mesh this rank's elements are, but for the dims in which they are replicated.
+
+    Empty on a rank that is not on the mesh.
+    """
     coordinate = param.device_mesh.get_coordinate()
     if coordinate is None:
-        return (-1,)
+        return ()
     return tuple(
         -1 if placement.is_replicate() else at
         for at, placement in zip(coordinate, param.placements, strict=True)

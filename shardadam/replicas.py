@@ -29,7 +29,8 @@ class Replicas:
 
     Attributes:
         counts: for each param, whether this rank's elements count in a sum over all ranks.
-        elsewhere: those that ranks on different meshes have, whose gradients nobody has compared.
+        elsewhere: those that ranks on different meshes have, and of which no gradients have been
+            compared.
 
     Args:
         params: DTensors, the same on every rank of ``communicator``.
@@ -49,20 +50,20 @@ class Replicas:
         self.counts = [True] * len(params)
         self.elsewhere: list[int] = []
         self._holders: list[dict[tuple[int, ...], list[int]]] = []
-        size = communicator.world_size
-        spread = [param.device_mesh.size() == size for param in self._params]
-        whole = [dtensors.is_sharded_only(param) for param in self._params]
-        if all(spread) and all(whole):
+        on_meshes = {dtensors.ranks_of(param) for param in self._params}
+        of_ranks = communicator.exchange((self._params[0].device_mesh.get_rank(), on_meshes))
+        ranks = {rank for rank, _ in of_ranks}
+        spread = all(found == {tuple(sorted(ranks))} for _, found in of_ranks)
+        if spread and all(map(dtensors.is_sharded_only, self._params)):
             return  # as nearly always: nobody else has this rank's elements
         own = [
             (dtensors.ranks_of(param), dtensors.shard_of(param), bit_sum(dtensors.local_of(param)))
             for param in self._params
         ]
         held = communicator.exchange(own)
-        ranks = communicator.exchange(self._params[0].device_mesh.get_rank())
         for index, name in enumerate(names):
             meshes = {mesh for mesh, _, _ in (of_rank[index] for of_rank in held)}
-            strangers = sorted(set().union(*meshes) - set(ranks))
+            strangers = sorted(set().union(*meshes) - ranks)
             if strangers:
                 raise ValueError(
                     f"{name} is distributed also over the ranks {strangers}, which are not in the "
@@ -91,6 +92,7 @@ class Replicas:
         for place, index in enumerate(self.elsewhere):
             sums = [of_rank[place] for of_rank in held]
             self._compare("the gradient of", index, self._holders[index], sums)
+        self.elsewhere = [i for i, found in zip(self.elsewhere, own, strict=True) if not found]
 
     def _compare(
         self,

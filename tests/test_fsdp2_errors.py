@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 import shardadam
@@ -134,3 +134,56 @@ def wrapped(rank: int) -> None:
 
 def test_wrappers_of_other_tensors_are_refused():
     run_ranks(2, wrapped)
+
+
+def group_of_other_ranks(rank: int) -> None:
+    """As many as the mesh has, and not those: a rank's shard would stand for another's."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tp"))
+    weight = nn.Parameter(distribute_tensor(torch.ones(6, 4), mesh["tp"], [Shard(0)]))
+    with pytest.raises(ValueError, match=r"weight is distributed also over the ranks \["):
+        shardadam.AdamW([("weight", weight)], process_group=mesh["data"].get_group())
+
+
+def test_a_process_group_of_other_ranks_is_refused():
+    run_ranks(4, group_of_other_ranks)
+
+
+def late_gradients(rank: int) -> None:
+    """The first gradient is compared, whenever it comes."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tp"))
+    params = [
+        nn.Parameter(distribute_tensor(torch.ones(6, 4), mesh["tp"], [Shard(0)])) for _ in range(2)
+    ]
+    optimizer = shardadam.AdamW(params)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    params[1].grad = torch.full_like(params[1], float(1 + rank // 2))
+    with pytest.raises(ValueError, match=r"the gradient of param 1 .* differ between ranks"):
+        optimizer.step()
+
+
+def test_gradients_that_come_late_are_compared():
+    run_ranks(4, late_gradients)
+
+
+def smaller_mesh(rank: int) -> None:
+    """Ranks that are not on a param's mesh have nothing of it, and step with the others."""
+    mesh = DeviceMesh("cpu", [0, 1])
+    for placement in (Shard(0), Replicate()):
+        weight = nn.Parameter(distribute_tensor(torch.ones(6, 4), mesh, [placement]))
+        optimizer = shardadam.AdamW([("weight", weight)], lr=0.5)
+        weight.grad = torch.ones_like(weight)
+        assert optimizer.clip_grad_norm_(1.0) == torch.tensor(24.0).sqrt()
+        optimizer.step()
+        if rank < 2:
+            assert (weight.to_local() < 0.6).all()
+        whole = optimizer.consolidate_state_dict(to=1)
+        assert rank != 1 or whole["state"][0]["exp_avg"].shape == (6, 4)
+        with pytest.raises(
+            (ValueError, RuntimeError), match="expected a rank on the mesh of weight"
+        ):
+            optimizer.consolidate_state_dict(to=3)
+
+
+def test_ranks_without_a_param():
+    run_ranks(4, smaller_mesh)
