@@ -1,7 +1,6 @@
 """The gradients of one bucket, as they are read from ``param.grad``."""
 
 import itertools
-from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -81,9 +80,9 @@ class BucketGrads:
         """Those of `owned` whose elements count on this rank in a sum over all."""
         return self.owned()
 
-    def seen(self) -> Sequence[Tensor | None]:
-        """What was looked at; while it is alive and not written, the gradients are the same."""
-        return self.local
+    def versions(self) -> list[tuple[Tensor, int] | None]:
+        """Every gradient that was looked at, kept alive, and how often it has been written."""
+        return [None if grad is None else (grad, grad._version) for grad in self.local]
 
     def misplaced(self) -> list[str]:
         """The gradients that `place` will bring to this rank, a line each."""
@@ -144,7 +143,7 @@ class DistributedGrads(BucketGrads):
                 if grad is not None and not dtensors.same_placement(grad, param)
             }
             self.local = [None if grad is None else dtensors.local_of(grad) for grad in grads]
-        self._seen = self.local
+        self._seen = grads
 
     def misfit(self) -> tuple[int, Exception] | None:
         """As in `BucketGrads`."""
@@ -168,9 +167,12 @@ class DistributedGrads(BucketGrads):
         """As in `BucketGrads`: replicas count once."""
         return [index for index in self.owned() if self._replicas.counts[index]]
 
-    def seen(self) -> Sequence[Tensor | None]:
-        """As in `BucketGrads`."""
-        return self._seen
+    def versions(self) -> list[tuple[Tensor, int] | None]:
+        """As in `BucketGrads`. Operations on DTensors do not count as writes to local ones."""
+        return [
+            None if grad is None else (grad, grad._version + dtensors.local_of(grad)._version)
+            for grad in self._seen
+        ]
 
     def misplaced(self) -> list[str]:
         """As in `BucketGrads`."""

@@ -185,10 +185,10 @@ class GradReducer:
 
     def versions(self) -> list[tuple[Tensor, int] | None]:
         """The gradient of every param, kept alive, and how often it has been written."""
-        gradients = (
-            grads.shard if self.eager else grad for grads in self.grads for grad in grads.seen()
-        )
-        return [None if grad is None else (grad, grad._version) for grad in gradients]
+        if not self.eager:
+            return [version for grads in self.grads for version in grads.versions()]
+        shards = (grads.shard for grads in self.grads for _ in grads.local)
+        return [None if shard is None else (shard, shard._version) for shard in shards]
 
     def changed_since(self, versions: list[tuple[Tensor, int] | None]) -> str | None:
         """The name of the first param whose gradient is not what it was at `versions`."""

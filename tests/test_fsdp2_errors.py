@@ -187,3 +187,24 @@ def smaller_mesh(rank: int) -> None:
 
 def test_ranks_without_a_param():
     run_ranks(4, smaller_mesh)
+
+
+def clipped_again(rank: int) -> None:
+    """By writing to DTensors, or to their local tensors."""
+    model = on_one_dim()
+    optimizer = shardadam.AdamW(model.named_parameters())
+    for way in ("torch", "by hand"):  # torch's foreach=True counts as no write
+        backward(model, rank)
+        optimizer.clip_grad_norm_(1e-2)
+        if way == "torch":
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3, foreach=False)
+        else:
+            for param in model.parameters():
+                param.grad.to_local().mul_(0.1)
+        with pytest.raises(ValueError, match=r"the gradient of .* changed between clip_grad_norm_"):
+            optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_gradients_that_change_after_clipping_are_refused():
+    run_ranks(2, clipped_again)
