@@ -50,7 +50,8 @@ class Replicas:
         self.counts = [True] * len(params)
         self.elsewhere: list[int] = []
         self._holders: list[dict[tuple[int, ...], list[int]]] = []
-        on_meshes = {dtensors.ranks_of(param) for param in self._params}
+        of_meshes = {param.device_mesh: param for param in self._params}  # few
+        on_meshes = set(map(dtensors.ranks_of, of_meshes.values()))
         of_ranks = communicator.exchange((self._params[0].device_mesh.get_rank(), on_meshes))
         ranks = {rank for rank, _ in of_ranks}
         spread = all(found == {tuple(sorted(ranks))} for _, found in of_ranks)
