@@ -182,7 +182,9 @@ class EntryReader:
                 or value.dtype == known.dtype(name, param)
             )
         }
-        saved = form if names.issuperset(form.tensors(False).values()) else format_of(names)
+        own = form.tensors(False).values()
+        fits = names.issuperset(own) and not any(self._of_plain(n, entry) for n in own)
+        saved = form if fits else format_of(names)
         if saved is not None:
             return saved
         scale = FORMATS["q16"].tensors(False)["exp_avg_scale"]
@@ -194,6 +196,13 @@ class EntryReader:
                 "consolidate_state_dict() returns, and checkpoints of shardadam.checkpoint, fit any"
             )
         raise self._lacks(next(name for name in form.tensors(False).values() if name not in names))
+
+    def _of_plain(self, name: str, entry: Mapping[str, Any]) -> bool:
+        """Whether it is a scale of a plain param's blocks, which a DTensor's are not."""
+        value = entry[self._shown(name)]
+        here = self._bucket.exchanged or self._views is not None or dtensors.is_dtensor(value)
+        shape = self._bucket.params[self._index].shape
+        return is_scale(name) and not here and getattr(value, "shape", None) != shape
 
     def _stored(self, saved: StateFormat, name: str, entry: Mapping[str, Any]) -> Tensor:
         """This rank's elements of the tensor ``name`` of format ``saved``."""
@@ -273,9 +282,10 @@ class EntryReader:
     def _own_local(self, name: str, value: Any) -> Tensor:
         """The elements that this rank has of a DTensor; its scales per element."""
         param = self._bucket.params[self._index]
-        blocks = self._bucket.owned_state(self._index)[name].shape
-        if is_scale(name) and value.shape == blocks and not dtensors.is_dtensor(value):
-            return per_element(value, self._piece.numel)
+        if self._views is not None and is_scale(name) and not dtensors.is_dtensor(value):
+            shown = self._views.get(self._shown(name))
+            if shown is not None and value.shape == shown.shape:
+                return per_element(value, self._piece.numel)
         if value.shape != param.shape:
             raise ValueError(
                 f"{self._name}: expected {name} of shape {tuple(param.shape)}, found "

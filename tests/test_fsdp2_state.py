@@ -175,6 +175,31 @@ def test_consolidated_state_is_whole(kind):
     run_ranks(4, consolidates, kind)
 
 
+def consolidated_codes(rank: int, kind: str) -> None:
+    """A plain param's codes are of other blocks than a DTensor's: what they stand for is read."""
+    plain = Net().to(SAVED[kind][0])
+    options = SAVED[kind][1]
+    source = shardadam.AdamW(plain.parameters(), lr=1e-2, grad_sync="none", **options)
+    go_on(plain, source, 0)
+    shared = [source.consolidate_state_dict()]
+    dist.broadcast_object_list(shared)
+    _, optimizer = trained("fsdp 2", kind, steps=2)
+    optimizer.load_state_dict(shared[0])
+    found = [optimizer.consolidate_state_dict()]
+    dist.broadcast_object_list(found)
+    for index, entry in shared[0]["state"].items():
+        assert found[0]["state"][index]["step"] == 1
+        wanted = entry["exp_avg"]
+        error = (found[0]["state"][index]["exp_avg"] - wanted).abs().max()
+        # After one step all ratios of moments are of one size, in codes of 8 bits with a sign.
+        assert error <= wanted.abs().max() / 127
+
+
+@pytest.mark.parametrize("kind", ["lean", "leanest"])
+def test_consolidated_codes_of_plain_params_are_read(kind):
+    run_ranks(2, consolidated_codes, kind)
+
+
 def follows_its_memory(rank: int) -> None:
     """FSDP2 gives a param another local tensor when a model is loaded into uneven shards."""
     model, optimizer = trained("fsdp 4", "fp32")
