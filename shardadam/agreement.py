@@ -30,6 +30,7 @@ class Point(enum.IntEnum):
     SAVE = 7
     LOAD = 8
     UPDATED = 9
+    LOOP = 10
 
 
 _NAMES = {
@@ -42,6 +43,7 @@ _NAMES = {
     Point.SAVE: "saving a checkpoint",
     Point.LOAD: "loading a checkpoint",
     Point.UPDATED: "the end of the update",
+    Point.LOOP: "the end of a step of the loop",
 }
 
 

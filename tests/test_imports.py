@@ -44,6 +44,9 @@ LEVELS = [
     ["checkpoint.fitting"],
     ["checkpoint.loading"],
     ["checkpoint"],
+    ["elastic.batches", "elastic.rendezvous", "elastic.requests"],
+    ["elastic.run"],
+    ["elastic"],
     [""],
     ["cli", "cli.telling"],
     [
@@ -165,6 +168,15 @@ def test_only_collectives_calls_torch_distributed():
             called -= {"dist.is_available"}  # is the default group there to be compared with?
         if name == "shard_tensor":
             called -= CHECKPOINT_TYPES  # plain data, in which a planner is told what there is
+        if name == "elastic.rendezvous":
+            called -= {
+                "dist.init_process_group",
+                "dist.TCPStore",
+                "dist.PrefixStore",
+            }  # its purpose
+        if name == "elastic.batches":
+            called -= {f"dist.{ask}" for ask in ("is_available", "is_initialized", "get_rank")}
+            called -= {"dist.get_world_size"}  # defaults, of the default group
         if name == "integrations.ddp":
             called -= {"Joinable", "JoinHook"}  # by which torch calls back
         if name == "cli.dcp":
