@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# MPI starts the ranks, and gloo or NCCL connects them: no MPI in torch is needed.
+#
+#   RANKS=8 HOSTFILE=hosts launch/mpirun.sh train.py --lr 1e-3
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ $# -gt 0 ] || set -- examples/train_gpt.py --resume --skip-baseline
+
+if [ -z "${OMPI_COMM_WORLD_RANK:-}" ]; then # on the host that starts all
+  hosts=()
+  [ -z "${HOSTFILE:-}" ] || hosts=(--hostfile "$HOSTFILE")
+  MASTER_ADDR="${MASTER_ADDR:-$(hostname -I | awk '{ print $1 }')}"
+  MASTER_PORT="${MASTER_PORT:-29400}"
+  export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+  exec mpirun -np "${RANKS:-2}" "${hosts[@]}" --bind-to none \
+    -x MASTER_ADDR -x MASTER_PORT -x OMP_NUM_THREADS -x PATH \
+    "$PWD/launch/mpirun.sh" "$@"
+fi
+# Here is a rank: Open MPI's names for what torch reads.
+export RANK=$OMPI_COMM_WORLD_RANK WORLD_SIZE=$OMPI_COMM_WORLD_SIZE
+export LOCAL_RANK=$OMPI_COMM_WORLD_LOCAL_RANK LOCAL_WORLD_SIZE=$OMPI_COMM_WORLD_LOCAL_SIZE
+exec python "$@"
