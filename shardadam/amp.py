@@ -27,6 +27,10 @@ class Scaling:
     rescale: Tensor | None = None
     skip: Tensor | None = None
 
+    def skips(self, *, on_host: bool) -> bool:
+        """Whether the host skips the step; on a GPU the kernels do."""
+        return on_host and self.skip is not None and bool(self.skip)
+
 
 _ATTRIBUTES = ("grad_scale", "found_inf")
 

@@ -71,7 +71,9 @@ class Backward:
             reducer.landed = weakref.WeakMethod(self._landed)
 
     def watch(self, buckets: Sequence[FlatBucket]) -> None:
-        """Follow the gradients of more buckets, the reducer's last ones."""
+        """Follow the gradients of more buckets, the reducer's last ones, if passes reduce any."""
+        if not self._reducer.eager and self.early is None:
+            return
         this, first = weakref.ref(self), len(self._reducer.grads) - len(buckets)
         for index, bucket in enumerate(buckets, first):
             for param in bucket.params:

@@ -21,6 +21,7 @@ from shardadam.gradients import GradReducer, not_the_same
 from shardadam.kernels import Hyperparameters, backend_for
 from shardadam.offload import place_for_state
 from shardadam.options import Options
+from shardadam.phases import Phases, phase
 from shardadam.sharded_state import ShardedState
 from shardadam.shown_state import ShownState
 from shardadam.steps import DeviceSteps, HostSteps, Steps
@@ -73,7 +74,7 @@ class ShardedOptimizer(ShardedState):
         self._gate: ForwardGate | None = None
         self._buckets: list[FlatBucket] = []
         self._clipped: clipping.Clipped | None = None
-        self._broken: str | None = None
+        self._broken, self._phases = None, Phases()
         self.grad_norm = None
         self._sharded = True
         self._places: dict[Tensor, tuple[FlatBucket, int]] = {}
@@ -103,8 +104,7 @@ class ShardedOptimizer(ShardedState):
         self._rounds.append(candidates)
         self._buckets += placed
         self._reducer.add(placed)
-        if self._reducer.eager or self._options.update_in_backward:
-            self._backward.watch(list(placed))
+        self._backward.watch(list(placed))
         if self._gate is not None:
             self._gate.forget_places()
         self._shown.add(c.param for c in candidates)  # in torch's order, which is not the buckets'
@@ -147,16 +147,18 @@ class ShardedOptimizer(ShardedState):
                 loss = closure()
         seen = self._meet(Point.STEP)
         scaling = amp.agree(self, self._communicator, seen["scaled"])
-        if not self._skips(scaling):
+        skips = scaling.skips(on_host=not self._backend.folds_on_device)
+        if not skips:
             self._reduce(seen, scaling)
             # What the next forward pass reads first comes first.
             left = [grads for grads in reversed(self._reducer.grads) if not grads.updated]
-            present = [grads for grads in left if any(grads.present)]
-            self._update(present, self._clip(scaling), scaling.skip)
+            self._update([g for g in left if any(g.present)], self._clip(scaling), scaling.skip)
         self._settle()
         self._forget_grads()
+        self._phases.count(skipped=skips)
         return loss
 
+    @phase("meet")
     def _meet(self, point: Point, asked: str = "") -> _Seen:
         """Check this rank and meet the others: nothing below fails for a reason foreseen here."""
         error: Exception | None = None
@@ -195,10 +197,7 @@ class ShardedOptimizer(ShardedState):
         self._reducer.give_hint(seen["gradients"], point)
         return seen
 
-    def _skips(self, scaling: amp.Scaling) -> bool:
-        """Whether the host skips the step; on a GPU the kernels do."""
-        return not self._backend.folds_on_device and scaling.skip is not None and bool(scaling.skip)
-
+    @phase("reduce")
     def _reduce(self, seen: _Seen, scaling: amp.Scaling) -> None:
         """Average the gradients over the ranks, each rank getting its shard of the mean."""
         self._reducer.place()
@@ -213,6 +212,7 @@ class ShardedOptimizer(ShardedState):
             present = self._reducer.union(present)
         self._reducer.reduce(present, scaling.rescale)
 
+    @phase("clip")
     def _clip(self, scaling: amp.Scaling) -> Tensor | None:
         """What the gradients are to be multiplied by: 1 / loss scale, and the clip coefficient."""
         coefficient = None
@@ -227,6 +227,7 @@ class ShardedOptimizer(ShardedState):
             return coefficient
         return (1.0 if coefficient is None else coefficient) / scaling.scale
 
+    @phase("update")
     @torch.no_grad()
     def _update(
         self,
@@ -249,8 +250,7 @@ class ShardedOptimizer(ShardedState):
             for update in self._updater.run(updates, skip):
                 self._gathers.start(update.grads.bucket, update.grads.updated_params())
         for update in updates:
-            for run in update.runs:
-                run.release()
+            update.release()
 
     def _check_early(self) -> list[str]:
         """Raise what `step()` would, before a backward pass updates; what ranks must agree on."""
@@ -259,6 +259,7 @@ class ShardedOptimizer(ShardedState):
         self._reserve_maxima()
         return placement.hyperparameters(self.param_groups, self.defaults)
 
+    @phase("gather")
     def _settle(self) -> None:
         """Wait for the params that no module will wait for; learn of state that was not updated."""
         if self._gate is None or not self._gate.open:

@@ -14,6 +14,7 @@ from shardadam.collectives import Communicator
 from shardadam.forward import ForwardGate
 from shardadam.kernels import Backend
 from shardadam.options import Options
+from shardadam.phases import Phases
 from shardadam.shown_state import ShownState
 from shardadam.state_dict import ids_of, others, pack, plan_edits, plan_load
 from shardadam.steps import Steps
@@ -37,6 +38,8 @@ class ShardedState(torch.optim.Optimizer):
     _steps: Steps
     _broken: str | None
     _shown: ShownState
+    _phases: Phases
+    grad_norm: Tensor | None
     _edited: list[str]
     _whole: consolidation.Whole | None = None  # until the next update
     _itself: weakref.ref["ShardedState"]  # for `on_the_wrapped`
@@ -198,6 +201,25 @@ class ShardedState(torch.optim.Optimizer):
         self._show(others(state))
         super().__setstate__({**state, "state": self.state})
         self._forget_grads()
+
+    @on_the_wrapped
+    def stats(self) -> dict[str, Any]:
+        """What this rank has done since construction. Never communicates; may wait for a GPU.
+
+        Returns:
+            "steps" that returned; "skipped", of them, for a GradScaler (None on a GPU, whose
+            kernels decide); "grad_norm" as the attribute, a float or None; "sent_bytes" by purpose,
+            payload; "seconds" of the host by phase: "meet" (waiting for all ranks to come),
+            "reduce", "clip", "update" (with the gather beside it), "gather" (what is left of it).
+        """
+        phases, norm = self._phases, self.grad_norm
+        return {
+            "steps": phases.steps,
+            "skipped": None if self._backend.folds_on_device else phases.skipped,
+            "grad_norm": None if norm is None else float(norm),
+            "sent_bytes": dict(self._communicator.sent_bytes),
+            "seconds": dict(phases.seconds),
+        }
 
     @on_the_wrapped
     def __repr__(self) -> str:

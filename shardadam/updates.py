@@ -20,6 +20,11 @@ class Update:
     steps: Planned
     runs: list[Run]
 
+    def release(self) -> None:
+        """Let go of the gradients."""
+        for run in self.runs:
+            run.release()
+
 
 class Updater(Protocol):
     """Who makes updates. ``error``: what has kept it from making one; it makes no more then."""

@@ -21,7 +21,7 @@ LEVELS = [
     ["kernels.state_formats"],
     ["kernels.cuda"],
     ["kernels"],
-    ["exchange", "params", "state_file", "storage"],
+    ["exchange", "params", "phases", "state_file", "storage"],
     ["buffers", "collectives", "options"],
     ["agreement", "candidates", "steps"],
     ["amp", "replicas"],
