@@ -1,10 +1,17 @@
 """How ranks find each other, also when they have been started again."""
 
 import os
+import secrets
+import socket
+import time
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+
+_KEY = "shardadam's store"
+_WAIT = timedelta(minutes=5)
+_TRY = timedelta(seconds=5)
 
 
 def init_process_group(
@@ -12,31 +19,60 @@ def init_process_group(
 ) -> None:
     """As torch.distributed's, from the environment that a launcher sets; without one, nothing.
 
-    torchrun's restarts keep the agent's store, in which torch finds the addresses that ranks of
-    earlier attempts have left: they wait for the dead. Here every attempt has keys of its own.
+    torchrun's agents share one store for all attempts, in which torch finds the addresses that
+    ranks of earlier ones have left: they wait for the dead. Agents of several hosts don't count
+    attempts alike either. So here rank 0 opens a store for each, and says where in the shared one.
 
     Args:
         backend: as in torch.
         timeout: after which a collective is given up, because a rank hangs; torch's is 30 minutes.
         options: others of torch's.
+
+    Raises:
+        RuntimeError: rank 0 did not come within five minutes.
     """
     if "WORLD_SIZE" not in os.environ:
         return  # one process, which has nobody to find
     limit: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-    if attempt is None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         dist.init_process_group(backend, **limit, **options)
         return
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        address, port, world_size, is_master=False, **limit
-    )
+    store = _store_of_this_attempt(rank, world_size)
+    if timeout is not None:
+        store.set_timeout(timeout)
     dist.init_process_group(
-        backend,
-        store=dist.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]
-        rank=rank,
-        world_size=world_size,
-        **limit,
-        **options,
+        backend, store=store, rank=rank, world_size=world_size, **limit, **options
+    )
+
+
+def _store_of_this_attempt(rank: int, world_size: int) -> Any:
+    """Opened by rank 0 on a port of its own; that of an attempt whose ranks are dead is closed."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    shared = _connect(address, port, _WAIT)
+    if rank == 0:
+        with socket.create_connection((address, port)) as connection:
+            own = connection.getsockname()[0]  # by which other hosts reach this one
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            own, 0, world_size, is_master=True, wait_for_workers=False
+        )
+        mark = secrets.token_hex(8)
+        store.set("mark", mark)
+        shared.set(_KEY, f"{own} {store.port} {mark}")
+        return store
+    deadline = time.monotonic() + _WAIT.total_seconds()
+    while time.monotonic() < deadline:
+        there, opened, mark = shared.get(_KEY).decode().split()
+        try:
+            store = _connect(there, int(opened), _TRY)
+            if store.get("mark").decode() == mark:
+                return store
+        except (RuntimeError, dist.DistError):  # it is closed, or somebody else's
+            time.sleep(0.2)
+    raise RuntimeError(f"rank {rank} of {world_size}: rank 0 did not come within {_WAIT}")
+
+
+def _connect(address: str, port: int, timeout: timedelta) -> Any:
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        address, port, is_master=False, wait_for_workers=False, timeout=timeout
     )
