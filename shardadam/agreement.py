@@ -2,7 +2,7 @@
 
 [Note: meeting points]
 
-All data exchanges are opened by one small all-reduce (`Communicator.agree`) in which each rank says
+All data exchanges are opened by one exchange of a few words (`Ranks.agree`) in which each rank says
 where it is and in which optimizer, whether something is wrong with it, and digests of what must be
 equal. If a rank called `step()` while another is in a backward pass or in another optimizer's step,
 if one found a bad gradient, if lr differs, then every rank learns so here and raises an error that

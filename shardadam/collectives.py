@@ -1,4 +1,4 @@
-"""The only caller of torch.distributed: what sharded Adam says to its peers.
+"""With `ranks`, the only caller of torch.distributed: what sharded Adam sends to its peers.
 
 `Communicator` is bound to one process group; a world of one needs no process group and sends
 nothing. Algorithms are chosen by backend, from measurements (docs/performance.md):
@@ -13,16 +13,12 @@ nothing. Algorithms are chosen by backend, from measurements (docs/performance.m
 
 Gradients are summed in fp32 (fp64 for fp64), by gloo in the order of the ranks, so that a sum is
 the same on every run, and divided by the world size after: a multiplication by a rounded 1/W is not
-exact. What the host has to know is exchanged on the host, so that no rank waits for its GPU (but in
-a process group that is not the default one and has no backend for CPU tensors).
+exact.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -30,27 +26,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardadam.exchange import Exchange, Union, watch
+from shardadam.exchange import Exchange
 from shardadam.kernels import reference
+from shardadam.ranks import Ranks
 
-_TAGS = 1 << 30  # from here on: they must not pair with a user's sends
 _Mean = Callable[[Sequence[Tensor], Tensor], None]
 
 
-class Communicator:
-    """This process among the ranks of ``process_group`` (None: the default one, if there is one).
+class Communicator(Ranks):
+    """What is exchanged of params, gradients and state with the ranks of a process group.
 
-    Attributes: ``rank`` and ``world_size`` within the group, ``backend`` its name ("none" when
-    alone), ``device`` of the tensors, ``ordinal`` a number that no other optimizer of these ranks
-    has, agreed on at construction, ``sent_bytes`` what this rank has sent so far, by what it was
-    doing: payload, and what a tree or ring sends on average over the ranks. Descriptions, which
-    only errors need, are not counted. ``mean`` is the backend's way to take the mean of shards.
+    ``mean`` is the backend's way to take the mean of shards.
     """
 
-    _last_ordinal = 0
-    _host_groups: ClassVar[WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]] = (
-        WeakKeyDictionary()
-    )
     _aside: ClassVar[WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]] = WeakKeyDictionary()
 
     def __init__(
@@ -59,121 +47,10 @@ class Communicator:
         device: torch.device,
         mean: _Mean = reference.mean,
     ) -> None:
-        self.process_group = process_group
+        super().__init__(process_group, device)
         self._mean = mean
-        self.rank, self.world_size, self.backend = 0, 1, "none"
-        self.device = device
-        self.ordinal = 0
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._divisors: dict[torch.dtype, Tensor] = {}
-        self.sent_bytes: dict[str, int] = {}
-        self._exchanges, self._point_to_point = 0, False
         self._stream: Any = None
-        if process_group is None and not (dist.is_available() and dist.is_initialized()):
-            return
-        self.rank = dist.get_rank(process_group)
-        if self.rank < 0:
-            raise ValueError("process_group: this process is not one of its ranks")
-        self.world_size = dist.get_world_size(process_group)
-        # A group may have one backend per device type, "cpu:gloo,cuda:nccl".
-        config = str(dist.get_backend_config(process_group))
-        backends = dict(entry.split(":", 1) for entry in config.split(",") if ":" in entry)
-        if backends and device.type not in backends:
-            raise ValueError(
-                f"params are on {device.type}, but the process group's backends are {config}; "
-                f"expected one for {device.type}"
-            )
-        self.backend = backends.get(device.type, config)
-        self._point_to_point = self.backend != "nccl" and device.type == "cpu"
-        self._host_group, self._host_device = self._find_host_group(backends)
-
-    def _find_host_group(
-        self, backends: Mapping[str, str]
-    ) -> tuple[dist.ProcessGroup | None, torch.device]:
-        """The same ranks in a group that takes CPU tensors, if there can be one."""
-        group, cpu = self.process_group, torch.device("cpu")
-        if self.device.type == "cpu" or "cpu" in backends:
-            return group, cpu
-        world = dist.group.WORLD
-        assert world is not None
-        if group not in (None, world):
-            return group, self.device  # another one can't always be made: see `aside`
-        if world not in Communicator._host_groups:
-            Communicator._host_groups[world] = dist.new_group(backend="gloo")
-        return Communicator._host_groups[world], cpu
-
-    def next_ordinal(self) -> int:
-        """This rank's proposal for its ``ordinal``."""
-        return Communicator._last_ordinal + 1
-
-    def take_ordinal(self, largest_proposal: int) -> None:
-        """Set ``ordinal`` once; no later one of this process will be as small."""
-        if not self.ordinal:
-            self.ordinal = Communicator._last_ordinal = largest_proposal
-
-    def agree(self, words: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The smallest and the largest of every word over the ranks (63-bit integers).
-
-        Where the two are equal the ranks agree. One small all-reduce; it opens every exchange, so
-        that ranks that have come to different points find out instead of pairing the wrong data.
-        """
-        if self.world_size == 1:
-            return list(words), list(words)
-        both = torch.tensor([*words, *(-word for word in words)], device=self._host_device)
-        with self._says("agreeing on what comes next", both, sends=2 * self._others(both)):
-            dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self._host_group)
-        values = both.tolist()
-        return [-value for value in values[len(words) :]], values[: len(words)]
-
-    def union(self, flags: Sequence[bool]) -> list[bool]:
-        """Element by element, whether any rank's flag is set."""
-        return self.start_union(flags).wait()
-
-    def start_union(self, flags: Sequence[bool]) -> Union:
-        """Begin a `union`; any number may be under way."""
-        if self.world_size == 1:
-            return Union(torch.tensor(flags), self._exchange("nothing", []))
-        tensor = torch.tensor(flags, dtype=torch.uint8, device=self._host_device)
-        doing, most = "exchanging which params have gradients", dist.ReduceOp.MAX
-        sends = 2 * self._others(tensor)
-        with self._says(doing, tensor, sends=sends):
-            work = dist.all_reduce(tensor, op=most, group=self._host_group, async_op=True)
-        return Union(tensor, self._exchange(doing, [work]))
-
-    def _others(self, tensor: Tensor) -> int:
-        """Bytes of ``tensor`` but this rank's shard of it: what reducing or gathering it sends."""
-        return tensor.nbytes * (self.world_size - 1) // self.world_size
-
-    def exchange(self, value: Any) -> list[Any]:
-        """Every rank's small object, in the order of the ranks; for error reports only."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        with self._says("exchanging descriptions"):
-            dist.all_gather_object(values, value, group=self._host_group)
-        return values
-
-    def gather_bytes(self, data: bytes) -> list[bytes]:
-        """Every rank's ``data``, of any lengths, in the order of the ranks."""
-        if self.world_size == 1:
-            return [data]
-        own = torch.tensor([len(data)], device=self._host_device)
-        lengths = [torch.empty_like(own) for _ in range(self.world_size)]
-        with self._says("exchanging bytes", sends=own.nbytes * (self.world_size - 1)):
-            dist.all_gather(lengths, own, group=self._host_group)
-            longest = max(int(length) for length in lengths)
-            padded = torch.frombuffer(bytearray(data.ljust(longest + 1)), dtype=torch.uint8)
-            padded = padded.to(self._host_device)
-            gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
-            for tensor in (own, padded, *lengths, *gathered):
-                watch(tensor)
-            self.sent_bytes["exchanging bytes"] += padded.nbytes * (self.world_size - 1)
-            dist.all_gather(gathered, padded, group=self._host_group)
-        hosts = [tensor.cpu() for tensor in gathered]
-        return [
-            ctypes.string_at(host.data_ptr(), int(length))
-            for host, length in zip(hosts, lengths, strict=True)
-        ]
 
     def aside(self) -> Communicator:
         """The same ranks on the host, in a gloo group of their own. Collective the first time.
@@ -259,7 +136,9 @@ class Communicator:
         if self.backend == "nccl" and flat.dtype == mean.dtype:
             with self._says(doing, sends=self._others(flat)):
                 work = _reduce_scatter()(mean, flat, group=self.process_group, async_op=True)
-            return self._exchange(doing, [work], lambda: mean.div_(self._divisor(mean.dtype)))
+            # 0-dim: by a Python number, torch on CUDA multiplies by its reciprocal.
+            divisor = torch.full_like(mean[0], world_size)
+            return self._exchange(doing, [work], lambda: mean.div_(divisor))
         name, sends = f"received {lane}", self._others(flat)
         if not self._point_to_point:
             buffer, group = self.buffer(name, flat.numel(), flat.dtype), self.process_group
@@ -272,30 +151,8 @@ class Communicator:
             theirs = _shards(buffer, world_size - 1)
             received = (*theirs[: self.rank], own, *theirs[self.rank :])
             with self._says(doing, *shards, *theirs, sends=sends):
-                works = self._swap(shards, received)
+                works = self._swap(shards, received, self.process_group, self._next_tag())
         return self._exchange(doing, works, lambda: self._mean(received, mean))
-
-    def _swap(self, shards: Sequence[Tensor], received: Sequence[Tensor]) -> list[dist.Work]:
-        """Begin to send every other rank its one of ``shards``, and to receive one from each."""
-        group, ranks, works = self.process_group, self.world_size, []
-        # Other than those of all that is under way, in this optimizer or another.
-        tag = _TAGS + (self.ordinal % 1024 << 16) + self._exchanges % (1 << 16)
-        self._exchanges += 1
-        for distance in range(1, ranks):
-            to, source = (self.rank + distance) % ranks, (self.rank - distance) % ranks
-            works += [
-                dist.irecv(received[source], group=group, tag=tag, group_src=source),
-                dist.isend(shards[to], group=group, tag=tag, group_dst=to),
-            ]
-        return [work for work in works if work is not None]  # None: not of the group
-
-    def _divisor(self, dtype: torch.dtype) -> Tensor:
-        """The world size, 0-dim: by a Python number, torch on CUDA multiplies by its reciprocal."""
-        kept = self._divisors.get(dtype)
-        if kept is None:
-            kept = torch.full((), self.world_size, dtype=dtype, device=self.device)
-            self._divisors[dtype] = kept
-        return kept
 
     def start_all_gather(self, flat: Tensor) -> Exchange:
         """Begin to fill every rank's shard of ``flat`` from its owner; any number may be under way.
@@ -310,7 +167,8 @@ class Communicator:
             with self._says(doing, *shards, sends=sends):
                 own = shards[self.rank]
                 if self._point_to_point:
-                    works = self._swap([own] * self.world_size, shards)
+                    group, tag = self.process_group, self._next_tag()
+                    works = self._swap([own] * self.world_size, shards, group, tag)
                 elif self.backend == "nccl":
                     works = [_all_gather()(flat, own, group=group, async_op=True)]
                 else:
@@ -361,29 +219,6 @@ class Communicator:
                 for work in dist.batch_isend_irecv(operations):
                     work.wait()
         return [flat.cpu() for flat in flats]
-
-    def _exchange(
-        self, doing: str, works: Sequence[dist.Work], finish: Callable[[], object] | None = None
-    ) -> Exchange:
-        return Exchange(functools.partial(self._says, doing), works, finish)
-
-    @contextlib.contextmanager
-    def _says(self, doing: str, *tensors: Tensor, sends: int = 0) -> Iterator[None]:
-        """Adds to torch.distributed's error what this optimizer was doing with ``tensors``.
-
-        Exit waits until they are let go of, see [Note: tensors in flight].
-        ``sends`` are the bytes for `sent_bytes`.
-        """
-        for tensor in tensors:
-            watch(tensor)
-        self.sent_bytes[doing] = self.sent_bytes.get(doing, 0) + sends
-        try:
-            yield
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"rank {self.rank} of {self.world_size} failed while {doing} over {self.backend} "
-                f"(has a peer died?): {error}"
-            ) from error
 
 
 def _all_gather() -> Callable[..., Any]:

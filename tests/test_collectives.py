@@ -33,6 +33,21 @@ def test_nccl_and_gloo_ways_agree(dtype, shard_grads):
     assert same(first, expected)
 
 
+def agree_on_words(rank: int) -> tuple[list[int], list[int]]:
+    ranks = Communicator(None, torch.device("cpu"))
+    for _ in range(20):  # a rank that is quick may be two ahead
+        ranks.agree([0])
+    return ranks.agree([rank, 7, 2**62 - rank])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 9])
+def test_words_are_agreed_on_by_few_ranks_and_by_more(world_size):
+    last = world_size - 1
+    for low, high in run_ranks(world_size, agree_on_words):
+        assert low == [0, 7, 2**62 - last]
+        assert high == [last, 7, 2**62]
+
+
 def agree_without_a_cpu_backend(rank: int) -> bool:
     pair = dist.new_group([0, 1])
     communicator = Communicator(None, torch.device("cpu"))

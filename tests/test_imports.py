@@ -22,6 +22,7 @@ LEVELS = [
     ["kernels.cuda"],
     ["kernels"],
     ["exchange", "params", "phases", "state_file", "storage"],
+    ["ranks"],
     ["buffers", "collectives", "options"],
     ["agreement", "candidates", "steps"],
     ["amp", "replicas"],
@@ -85,7 +86,8 @@ KNOW_ONLY = {
     "dtensors": set(),
     "params": {"dtensors", "kernels", "layout"},
     "buffers": {"layout", "kernels", "params", "storage"},
-    "collectives": {"exchange", "kernels"},
+    "collectives": {"exchange", "kernels", "ranks"},
+    "ranks": {"exchange"},
     "exchange": set(),
     "agreement": {"collectives"},
     "amp": {"agreement", "collectives"},
@@ -144,7 +146,7 @@ def test_rooms_that_know_little(name):
     assert others <= KNOW_ONLY[name], f"{name} imports {others - KNOW_ONLY[name]}"
 
 
-def test_only_collectives_calls_torch_distributed():
+def test_only_ranks_and_collectives_call_torch_distributed():
     for name, tree in modules().items():
         called, aliases = set(), {"torch.distributed"}
         for node in ast.walk(tree):
@@ -185,7 +187,7 @@ def test_only_collectives_calls_torch_distributed():
                 "Metadata",
                 "save",
             }  # of one process, without process groups
-        assert not called or name == "collectives", f"{name} uses {called}"
+        assert not called or name in ("collectives", "ranks"), f"{name} uses {called}"
 
 
 SCRIPT = """
