@@ -1,0 +1,96 @@
+"""The ranks that a launcher has started: what each says, by the launcher's store, and together.
+
+What is said by the store arrives also where the ranks can't talk to each other, and it is known who
+has said nothing: every wait has an end.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from shardadam.cli.telling import CommandError
+from shardadam.collectives import Communicator
+
+_LEAVING_S = 10.0
+
+
+class Ranks:
+    """This rank and the others; all wait at most ``timeout`` seconds for each other."""
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        try:
+            met = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise CommandError(
+                f"the launcher's store at {where} can't be reached: {error}. Expected MASTER_ADDR "
+                "to be an address of the first host that all hosts can reach, and no firewall "
+                "before MASTER_PORT"
+            ) from None
+        self._store, self.rank, self.world_size = met
+        # A restart must not read what was said before it.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._key = f"doctor/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{attempt}"
+
+    @classmethod
+    def launched(cls) -> bool:
+        """Whether a launcher says that there are ranks."""
+        return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+    def share(self, topic: str, said: Any) -> list[Any]:
+        """What every rank says of ``topic``; None for those that have said nothing in time."""
+        self._say(topic, said)
+        deadline = time.monotonic() + self.timeout
+        return [
+            said if rank == self.rank else self._heard(topic, rank, deadline)
+            for rank in range(self.world_size)
+        ]
+
+    def leave(self) -> None:
+        """Wait until all have read what they want: a launcher ends all when the first one fails."""
+        self._say("bye", True)
+        deadline = time.monotonic() + _LEAVING_S
+        for rank in range(self.world_size):
+            self._heard("bye", rank, deadline)
+
+    @contextmanager
+    def together(self, device: torch.device) -> Iterator[Communicator]:
+        """All ranks in a process group, while it lasts. Collective.
+
+        Raises:
+            RuntimeError: they can't connect to each other.
+        """
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            store=PrefixStore(f"{self._key}/group", self._store),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timedelta(seconds=self.timeout),
+        )
+        yield Communicator(None, device)
+        dist.destroy_process_group()  # not after an error: it would wait for the others
+
+    def _say(self, topic: str, said: Any) -> None:
+        self._store.set(f"{self._key}/{topic}/{self.rank}", json.dumps(said))
+
+    def _heard(self, topic: str, rank: int, deadline: float) -> Any:
+        key = f"{self._key}/{topic}/{rank}"
+        left = max(deadline - time.monotonic(), 0.01)
+        try:
+            self._store.wait([key], timedelta(seconds=left))
+            return json.loads(self._store.get(key))
+        except RuntimeError:  # also that the store has gone, with its host
+            return None
