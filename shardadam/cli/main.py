@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from shardadam.checkpoint.errors import CheckpointError
 from shardadam.cli.ds_config import ConfigError
-from shardadam.cli.quantities import bandwidth, count, nbytes
+from shardadam.cli.quantities import bandwidth, count, nbytes, ranks
 from shardadam.cli.telling import ERROR, CommandError, one_line
 from shardadam.options import DEFAULT_BUCKET_BYTES
 
@@ -213,7 +213,7 @@ def _describe_plan(command: argparse.ArgumentParser) -> None:
         default=["own", "bf16"],
         help="of the params, wanted most first (default: as built, then bf16)",
     )
-    command.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8], metavar="W")
+    command.add_argument("--ranks", type=ranks, nargs="+", default=[1, 2, 4, 8], metavar="W")
     command.add_argument("--memory", type=nbytes, metavar="BYTES", help="of a rank, as 80GB")
     command.add_argument(
         "--link", type=bandwidth, metavar="RATE", help="what a rank sends, as 50GB/s or 400Gb/s"

@@ -54,6 +54,17 @@ def count(text: str) -> int:
     return int(value)
 
 
+def ranks(text: str) -> int:
+    """A world size.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text!r}")
+    return int(text)
+
+
 def _value(found: re.Match[str]) -> float | None:
     try:
         base = 1024 if found[3] else 1000

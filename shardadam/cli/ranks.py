@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from shardadam.cli.telling import CommandError
 from shardadam.collectives import Communicator
@@ -30,16 +29,25 @@ class Ranks:
         self.timeout = timeout
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         try:
-            met = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+            # Not by torch's rendezvous, where the first rank waits for all others.
+            self._store = TCPStore(
+                address,
+                port,
+                self.world_size,
+                is_master=self.rank == 0 and not of_agent,
+                timeout=timedelta(seconds=timeout),
+                wait_for_workers=False,
+            )
         except (RuntimeError, ValueError, OSError) as error:
             raise CommandError(
-                f"the launcher's store at {where} can't be reached: {error}. Expected MASTER_ADDR "
-                "to be an address of the first host that all hosts can reach, and no firewall "
-                "before MASTER_PORT"
+                f"the launcher's store at {address}:{port} can't be reached: {error}. Expected "
+                "MASTER_ADDR to be an address of the first host that all hosts can reach, and no "
+                "firewall before MASTER_PORT"
             ) from None
-        self._store, self.rank, self.world_size = met
         # A restart must not read what was said before it.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._key = f"doctor/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{attempt}"
@@ -59,11 +67,18 @@ class Ranks:
         ]
 
     def leave(self) -> None:
-        """Wait until all have read what they want: a launcher ends all when the first one fails."""
+        """Wait until all have read what they want: a launcher ends all when the first one fails.
+
+        The first rank goes last: it may be the one that has the store.
+        """
         self._say("bye", True)
-        deadline = time.monotonic() + _LEAVING_S
+        deadline = time.monotonic() + min(_LEAVING_S, self.timeout)
         for rank in range(self.world_size):
             self._heard("bye", rank, deadline)
+        if self.rank != 0:
+            self._say("gone", True)
+        for rank in range(1, self.world_size if self.rank == 0 else 1):
+            self._heard("gone", rank, deadline)
 
     @contextmanager
     def together(self, device: torch.device) -> Iterator[Communicator]:

@@ -26,9 +26,9 @@ def look_at_clocks(ranks: Communicator) -> list[Finding]:
         spans.append(time.perf_counter() - begin)
         stamps.append(time.time())
     everybody = ranks.exchange((stamps, statistics.median(spans)))
-    first = everybody[0][0]
+    zeroth = everybody[0][0]
     offsets = [
-        statistics.median(own - other for own, other in zip(theirs, first, strict=True))
+        statistics.median(own - other for own, other in zip(theirs, zeroth, strict=True))
         for theirs, _ in everybody
     ]
     apart = max(offsets) - min(offsets)
@@ -36,12 +36,10 @@ def look_at_clocks(ranks: Communicator) -> list[Finding]:
     told = f"{apart * 1e3:.1f} ms apart, within the {bound * 1e3:.1f} ms that an all-reduce takes"
     if apart <= bound:
         return [Finding("clocks", "ok", told)]
-    told = f"{apart * 1e3:.1f} ms apart (± {bound * 1e3:.1f} ms)"
+    first, last = offsets.index(max(offsets)), offsets.index(min(offsets))
+    told = f"rank {first}'s is {apart:.3f} s ahead of rank {last}'s (± {bound * 1e3:.1f} ms)"
     if apart < _CLOCKS_DIFFER_S:
         return [Finding("clocks", "ok", told)]
-    middle = statistics.median(offsets)
-    worst = max(range(len(offsets)), key=lambda rank: abs(offsets[rank] - middle))
-    told += f"; rank {worst} is furthest off"
     advice = "times in the ranks' logs can't be compared: synchronise the hosts by NTP (chronyd)"
     return [Finding("clocks", "warning", told, advice)]
 
