@@ -55,7 +55,11 @@ def from_config(path: Path) -> Model:
     if not isinstance(config, dict) or "model_type" not in config:
         raise CommandError(f'{path}: expected a Hugging Face config, found none with "model_type"')
     if find_spec("transformers") is not None:
-        return _from_module(str(path), lambda: _transformers_model(config))
+        try:
+            transformers = importlib.import_module("transformers")
+        except ImportError as error:
+            raise CommandError(f"transformers can't be imported: {error}") from None
+        return _from_module(str(path), lambda: _transformers_model(transformers, config))
     try:
         named = hf_shapes.shapes(config)
     except hf_shapes.UnknownArchitecture as error:
@@ -97,9 +101,7 @@ def _argument(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _transformers_model(config: dict[str, Any]) -> Any:
-    import transformers
-
+def _transformers_model(transformers: Any, config: dict[str, Any]) -> Any:
     known = {key: value for key, value in config.items() if key != "model_type"}
     made = transformers.AutoConfig.for_model(config["model_type"], **known)
     named = [getattr(transformers, name, None) for name in config.get("architectures") or []]

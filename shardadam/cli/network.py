@@ -11,6 +11,7 @@ from typing import Any
 from shardadam.cli.findings import Finding
 
 _ADDRESS_OF = 0x8915  # SIOCGIFADDR of Linux
+_TOLD = 4  # of many that have the same
 _VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -85,6 +86,9 @@ def look_at_network(places: Sequence[Place], uses_nccl: bool) -> list[Finding]:
             )
             advice = f"on {place.host}: export {variable}={place.suggestion}"
             findings.append(Finding("network", "wrong", found, advice))
+    if len(findings) > _TOLD:
+        more = Finding("network", "note", f"and {len(findings) - _TOLD} more ranks like these")
+        return [*findings[:_TOLD], more]
     if findings:
         return findings
     by = sorted({place.chosen.get(variable, "") for place in places} - {""})
