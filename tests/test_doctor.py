@@ -18,7 +18,7 @@ from shardadam.cli.main import main
 from shardadam.cli.network import Place, look_at_network
 from shardadam.kernels import cpu, reference
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 4.0  # where a rank is waited for in vain; else patience is for slow machines
 
 
 def free_port() -> int:
@@ -28,7 +28,7 @@ def free_port() -> int:
 
 
 def rank_main(
-    rank: int, environment: dict, folder: Path, sicken: Callable | None, arguments: list[str]
+    rank: int, environment: dict, folder: Path, sicken: Callable | None, timeout: float
 ) -> None:
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     output = os.open(folder / str(rank), os.O_WRONLY | os.O_CREAT)
@@ -37,13 +37,13 @@ def rank_main(
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     if sicken is not None:
         sicken(rank)
-    code = main(["doctor", "--timeout", str(TIMEOUT_S), *arguments])
+    code = main(["doctor", "--timeout", str(timeout)])
     sys.stdout.flush()
     os._exit(code)
 
 
 def examined(
-    folder: Path, sicken: Callable | None = None, arguments: tuple = (), world_size: int = 2
+    folder: Path, sicken: Callable | None = None, world_size: int = 2, timeout: float = 60
 ) -> tuple[list[int | None], list[str], float]:
     """Exit codes and outputs of ranks as SLURM would start them, and how long it took."""
     context = multiprocessing.get_context("fork")
@@ -55,7 +55,7 @@ def examined(
     }
     start = time.monotonic()
     processes = [
-        context.Process(target=rank_main, args=(rank, environment, folder, sicken, list(arguments)))
+        context.Process(target=rank_main, args=(rank, environment, folder, sicken, timeout))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -127,9 +127,9 @@ def dies(rank: int) -> None:
 
 
 def test_a_rank_that_is_not_there(tmp_path):
-    codes, (told, _, other), took = examined(tmp_path, dies, world_size=3)
+    codes, (told, _, other), took = examined(tmp_path, dies, 3, TIMEOUT_S)
     assert codes == [1, 7, 1]
-    assert "WRONG rank" in told and "nothing was heard of rank 1 within 3 s" in told
+    assert "WRONG rank" in told and "nothing was heard of rank 1 within 4 s" in told
     assert "not tried: ranks are missing" in told
     assert "of rank 1: rank: nothing was heard of rank 1" in other
     assert took < 6 * TIMEOUT_S
@@ -141,12 +141,12 @@ def freezes(rank: int) -> None:
 
 
 def test_a_rank_that_freezes(tmp_path):
-    codes, (told, frozen, other), took = examined(tmp_path, freezes, world_size=3)
+    codes, (told, frozen, other), took = examined(tmp_path, freezes, 3, TIMEOUT_S)
     assert codes == [1, 1, 1]
     assert "WRONG collectives" in told and "could not exchange data" in told
-    assert "nothing was heard of rank 1 within 3 s" in told
+    assert "nothing was heard of rank 1 within 4 s" in told
     assert "between the ranks: rank: nothing was heard of rank 1" in other
-    assert "gave up after 12 s: something waits" in frozen
+    assert "gave up after 16 s: something waits" in frozen
     assert took < 6 * TIMEOUT_S
 
 
@@ -185,7 +185,7 @@ def no_such_interface(rank: int) -> None:
 
 def test_an_interface_that_is_not_there(tmp_path):
     codes, (told, other), took = examined(tmp_path, no_such_interface)
-    assert codes == [1, 1] and took < 3 * TIMEOUT_S
+    assert codes == [1, 1] and took < 30  # nothing was tried
     assert "GLOO_SOCKET_IFNAME=eth77, and there is no such interface; there are lo" in told
     assert "export GLOO_SOCKET_IFNAME=lo" in told
     assert "network: rank 0 on" in other

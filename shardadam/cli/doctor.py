@@ -18,7 +18,7 @@ from shardadam.cli.telling import DAMAGED, WHOLE, one_line
 from shardadam.cli.together import look_at_bandwidth, look_at_clocks
 
 _PATIENCE = 4
-"""Timeouts that all may take: there are three waits, and one to spare."""
+"""Timeouts after which a rank ends itself: others wait for it at most thrice."""
 
 
 def examine(*, as_json: bool, timeout: float) -> int:
@@ -34,6 +34,7 @@ def examine(*, as_json: bool, timeout: float) -> int:
     with _watched(_PATIENCE * timeout):
         ranks = Ranks(timeout)
         own = _look_here(ranks.local_rank, ranks.local_ranks)
+    with _watched(_PATIENCE * timeout):
         said = {
             "findings": [finding.as_json() for finding in own],
             "place": Place.here().as_json(),

@@ -48,6 +48,7 @@ class Ranks:
                 "MASTER_ADDR to be an address of the first host that all hosts can reach, and no "
                 "firewall before MASTER_PORT"
             ) from None
+        self._silent: set[int] = set()
         # A restart must not read what was said before it.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._key = f"doctor/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{attempt}"
@@ -69,15 +70,16 @@ class Ranks:
     def leave(self) -> None:
         """Wait until all have read what they want: a launcher ends all when the first one fails.
 
-        The first rank goes last: it may be the one that has the store.
+        Those that have been silent before are not waited for. The first rank goes last: it may be
+        the one that has the store.
         """
         self._say("bye", True)
         deadline = time.monotonic() + min(_LEAVING_S, self.timeout)
-        for rank in range(self.world_size):
+        for rank in self._others:
             self._heard("bye", rank, deadline)
         if self.rank != 0:
             self._say("gone", True)
-        for rank in range(1, self.world_size if self.rank == 0 else 1):
+        for rank in self._others if self.rank == 0 else ():
             self._heard("gone", rank, deadline)
 
     @contextmanager
@@ -108,4 +110,10 @@ class Ranks:
             self._store.wait([key], timedelta(seconds=left))
             return json.loads(self._store.get(key))
         except RuntimeError:  # also that the store has gone, with its host
+            self._silent.add(rank)
             return None
+
+    @property
+    def _others(self) -> list[int]:
+        """The ranks that are still to be reckoned with."""
+        return [r for r in range(self.world_size) if r != self.rank and r not in self._silent]
