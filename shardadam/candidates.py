@@ -129,7 +129,8 @@ def master_of(candidate: Candidate, device: torch.device, options: Options) -> s
             f"{name}: expected a dense float32, float64, bfloat16, float16 or complex param, "
             f"found {describe(param)} ({param.layout})"
         )
-    if candidate.local.numel() and not candidate.local.data_ptr():
+    # A planner asks on the meta device, where nothing has memory.
+    if device.type != "meta" and candidate.local.numel() and not candidate.local.data_ptr():
         raise ValueError(
             f"{name} is, or has as its local tensor, a {type(candidate.local).__name__}, a wrapper "
             "of other tensors without memory of its own: expected a plain tensor"

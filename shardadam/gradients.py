@@ -24,7 +24,8 @@ from shardadam.exchange import Exchange
 from shardadam.kernels.run import state_dtype
 from shardadam.replicas import Replicas
 
-_LANES = 2  # buckets under way: each takes two buckets of memory
+LANES = 2
+"""Buckets under way: each takes two buckets of memory."""
 
 
 class GradReducer:
@@ -235,15 +236,15 @@ class GradReducer:
     def send(
         self, grads: BucketGrads, rescale: Tensor | None = None, transient: bool = False
     ) -> None:
-        """Begin to reduce a bucket's local gradients into its shard, at most `_LANES` at a time.
+        """Begin to reduce a bucket's local gradients into its shard, at most `LANES` at a time.
 
-        ``transient``: the shard's memory is used again by what is sent `_LANES` later.
+        ``transient``: the shard's memory is used again by what is sent `LANES` later.
         """
         if not self._under_way:
             self._sent = 0  # so that a bucket takes the same lane at every step
-        while len(self._under_way) >= _LANES:
+        while len(self._under_way) >= LANES:
             self._land_first()
-        lane = self._sent % _LANES
+        lane = self._sent % LANES
         bucket, ranks = grads.bucket, self._communicator
         packed = ranks.buffer(f"packed {lane}", bucket.bucket.numel, bucket.dtype)
         bucket.pack(grads.local, packed)

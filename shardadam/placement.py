@@ -117,7 +117,7 @@ def place(
     try:
         masters = [master_of(candidate, communicator.device, options) for candidate in candidates]
         refuse_shared_memory(candidates)
-        buckets = _plan(candidates, masters, communicator.world_size, options, memory)
+        buckets = plan(candidates, masters, communicator.world_size, options, memory)
         memory.reserve(
             [
                 size
@@ -168,7 +168,7 @@ def place(
     return dict(zip(flat_buckets, replicas, strict=True))
 
 
-def _plan(
+def plan(
     candidates: Sequence[Candidate],
     masters: Sequence[str | None],
     world_size: int,

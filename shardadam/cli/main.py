@@ -10,7 +10,9 @@ from typing import NoReturn
 
 from shardadam.checkpoint.errors import CheckpointError
 from shardadam.cli.ds_config import ConfigError
-from shardadam.cli.telling import ERROR, one_line
+from shardadam.cli.quantities import bandwidth, count, nbytes, ranks
+from shardadam.cli.telling import ERROR, CommandError, one_line
+from shardadam.options import DEFAULT_BUCKET_BYTES
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ERROR
-    except (CheckpointError, ConfigError, OSError) as error:
+    except (CheckpointError, ConfigError, CommandError, OSError) as error:
         text = str(error)
         if isinstance(error, OSError) and error.strerror:
             text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -48,6 +50,12 @@ def _run(given: argparse.Namespace) -> int:
         from shardadam.cli.ds_translation import print_translation
 
         return print_translation(given.config)
+    if given.command == "plan":
+        return _plan(given)
+    if given.command == "doctor":
+        from shardadam.cli.doctor import examine
+
+        return examine(as_json=given.json, timeout=given.timeout)
     if given.command == "ckpt inspect":
         from shardadam.cli.inspecting import inspect
 
@@ -63,9 +71,57 @@ def _run(given: argparse.Namespace) -> int:
     return check(given.path)
 
 
+def _plan(given: argparse.Namespace) -> int:
+    from shardadam.cli import modelling
+    from shardadam.cli.plan_figure import check
+    from shardadam.cli.planning import Hardware, Wanted, plan
+
+    if given.png is not None:
+        check()
+    if (given.model is None) == (given.params is None):
+        raise CommandError("expected a model or --params, one of the two")
+    if given.params is not None:
+        model = modelling.from_count(given.params, given.bucket_bytes)
+    elif ":" in given.model:
+        model = modelling.from_import(given.model, given.arguments)
+    else:
+        model = modelling.from_config(Path(given.model))
+    hardware = Hardware(given.ranks, given.memory, given.link, given.transport)
+    wanted = Wanted(given.dtype, given.activations or 0, given.bucket_bytes)
+    return plan(model, hardware, wanted, given.png)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m shardadam", description="Tools for shardadam.")
-    areas = parser.add_subparsers(required=True, metavar="ckpt | deepspeed")
+    areas = parser.add_subparsers(required=True, metavar="plan | doctor | ckpt | deepspeed")
+    _describe_plan(
+        areas.add_parser(
+            "plan",
+            help="what fits into a rank's memory, and what to write",
+            description="Lay a model out as the optimizer would, without allocating it, and print "
+            "what it takes per rank in every mode and the cheapest that fits. Exit codes: 0 "
+            "something fits on all --ranks, 1 not, 2 no model.",
+            epilog="examples: python -m shardadam plan config.json --ranks 8 --memory 80GB; "
+            "python -m shardadam plan package.module:Model layers=4 --ranks 2 4",
+        )
+    )
+    doctor = areas.add_parser(
+        "doctor",
+        help="find out what is wrong with this machine, or with these ranks",
+        description="Look at versions, the backend, GPUs and the network, test the numerics on "
+        "every rank, and say what is wrong and what to do. Under torchrun also what is between "
+        "the ranks. Exit codes: 0 all is well, 1 something is wrong.",
+        epilog="example: torchrun --nproc-per-node 2 -m shardadam doctor",
+    )
+    doctor.set_defaults(command="doctor")
+    doctor.add_argument("--json", action="store_true", help="for a program to read")
+    doctor.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long ranks wait for each other (default: 60)",
+    )
     config = areas.add_parser(
         "deepspeed",
         help="translate a ds_config.json",
@@ -139,3 +195,36 @@ def _parser() -> argparse.ArgumentParser:
         help="from apex: a torch file with the model, where the source has none",
     )
     return parser
+
+
+def _describe_plan(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(command="plan")
+    command.add_argument(
+        "model",
+        nargs="?",
+        help="module:callable that returns the model, or a Hugging Face config.json",
+    )
+    command.add_argument("arguments", nargs="*", metavar="name=value", help="for the callable")
+    command.add_argument("--params", type=count, metavar="N", help="in place of a model, as 7e9")
+    command.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=["own", "fp32", "bf16", "fp16"],
+        default=["own", "bf16"],
+        help="of the params, wanted most first (default: as built, then bf16)",
+    )
+    command.add_argument("--ranks", type=ranks, nargs="+", default=[1, 2, 4, 8], metavar="W")
+    command.add_argument("--memory", type=nbytes, metavar="BYTES", help="of a rank, as 80GB")
+    command.add_argument(
+        "--link", type=bandwidth, metavar="RATE", help="what a rank sends, as 50GB/s or 400Gb/s"
+    )
+    command.add_argument(
+        "--activations", type=nbytes, metavar="BYTES", help="of a rank, as measured or estimated"
+    )
+    command.add_argument(
+        "--transport", choices=["nccl", "gloo"], default="nccl", help="default: nccl"
+    )
+    command.add_argument(
+        "--bucket-bytes", type=nbytes, default=DEFAULT_BUCKET_BYTES, metavar="BYTES"
+    )
+    command.add_argument("--png", type=Path, metavar="FILE", help="draw the table")

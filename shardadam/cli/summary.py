@@ -2,9 +2,10 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from typing import Literal
 
 from shardadam.cli.telling import one_line
 
@@ -65,14 +66,21 @@ def show(summary: Summary) -> None:
         "tensors": f"{len(summary.rows)}, {size(rows)}",
         "total": f"{len(summary.files)} file{'s' * (len(summary.files) != 1)}, {size(stored)}",
     }
-    # To a pipe rich would cut names to 80 columns.
-    if find_spec("rich") is not None and sys.stdout.isatty():
-        _show_rich(summary.title, facts, tables)
-    else:
-        _show_plain(summary.title, facts, tables)
+    show_tables(summary.title, facts, tables, numbers={"bytes"})
 
 
 _Tables = Sequence[tuple[list[str], list[list[str]]]]
+
+
+def show_tables(
+    title: str, facts: dict[str, str], tables: _Tables, numbers: Collection[str] = ()
+) -> None:
+    """Print facts and tables, each a head and rows; ``numbers``: heads of columns of numbers."""
+    # To a pipe rich would cut names to 80 columns.
+    if find_spec("rich") is not None and sys.stdout.isatty():
+        _show_rich(title, facts, tables, numbers)
+    else:
+        _show_plain(title, facts, tables)
 
 
 def _show_plain(title: str, facts: dict[str, str], tables: _Tables) -> None:
@@ -88,7 +96,9 @@ def _show_plain(title: str, facts: dict[str, str], tables: _Tables) -> None:
             print("  ".join(cells).rstrip())
 
 
-def _show_rich(title: str, facts: dict[str, str], tables: _Tables) -> None:
+def _show_rich(
+    title: str, facts: dict[str, str], tables: _Tables, numbers: Collection[str]
+) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text  # names are text: what looks like markup in them is none
@@ -102,7 +112,8 @@ def _show_rich(title: str, facts: dict[str, str], tables: _Tables) -> None:
     for head, rows in tables:
         table = Table(box=None, header_style="bold", pad_edge=False)
         for name in head:
-            table.add_column(name, justify="right" if name == "bytes" else "left", overflow="fold")
+            justify: Literal["left", "right"] = "right" if name in numbers else "left"
+            table.add_column(name, justify=justify, overflow="fold")
         for row in rows:
             style = "" if row[-1] == "ok" or len(row) != 3 else "red"
             table.add_row(*(Text(one_line(cell), style=style) for cell in row))

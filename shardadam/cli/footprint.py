@@ -1,0 +1,168 @@
+"""What training takes per rank, in bytes: from the optimizer's own layout, nothing is allocated."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from shardadam.candidates import Candidate, master_of
+from shardadam.gradients import LANES
+from shardadam.kernels.run import state_dtype
+from shardadam.layout import Bucket
+from shardadam.options import Memory, Options, formats
+from shardadam.placement import plan
+from shardadam.storage import DeviceMemory, Storage
+
+Grads = Literal["plain", "shard_grads", "update_in_backward"]
+GRADS: tuple[Grads, ...] = ("plain", "shard_grads", "update_in_backward")
+MEMORIES: tuple[Memory, ...] = ("full", "lean", "leanest")
+Transport = Literal["gloo", "nccl"]
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes on the rank that has most, at the peak; all ranks' shards are equally long.
+
+    ``params``: with padding, frozen params and the model's buffers. ``grads``: ``param.grad`` and
+    the shard of their mean. ``state``: moments and masters. ``transients``: buckets in transit.
+    """
+
+    params: int
+    grads: int
+    state: int
+    transients: int
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it: activations and gradients are counted as if at their peak at one time."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One way to train on ``world_size`` ranks. ``sent``: bytes per rank and step."""
+
+    dtype: str
+    grads: Grads
+    memory: Memory
+    world_size: int
+    footprint: Footprint
+    sent: int
+
+
+_Buckets = Sequence[tuple[Bucket, Storage]]
+
+
+class Trained:
+    """A model to be trained; its tensors may be on the meta device.
+
+    ``params``: with their names, in the order of registration. ``fixed``: what it has besides.
+    """
+
+    def __init__(self, params: Sequence[tuple[str, Tensor]], fixed: Sequence[Tensor] = ()) -> None:
+        frozen = [param for _, param in params if not param.requires_grad]
+        self.fixed_bytes = sum(tensor.nbytes for tensor in [*fixed, *frozen])
+        self.candidates = [Candidate(p, name, 0, False) for name, p in params if p.requires_grad]
+
+    @property
+    def numel(self) -> int:
+        """Of the params that are trained."""
+        return sum(candidate.param.numel() for candidate in self.candidates)
+
+    def plans(
+        self, dtype: str, world_size: int, transport: Transport, bucket_bytes: int, activations: int
+    ) -> list[Plan]:
+        """Of every mode, those that ask least of the program first.
+
+        ``dtype`` names what the params are; ``transport``: what moves gradients and params.
+
+        Raises:
+            ValueError: a param that can't be optimized.
+        """
+        found = []
+        for memory in MEMORIES:
+            try:
+                buckets = self._lay_out(memory, world_size, bucket_bytes)
+            except ValueError:
+                if memory == "full":
+                    raise
+                continue  # float64, complex and float16 params have no coded state
+            flat = [bucket.numel * storage.dtype.itemsize for bucket, storage in buckets]
+            state = [s.sizes(s.tensors(s.amsgrad), b.shard_numel) for b, s in buckets]
+            sent = 2 * sum(nbytes * (world_size - 1) // world_size for nbytes in flat)
+            for grads in GRADS:
+                if grads == "shard_grads" and world_size == 1:
+                    continue  # there is nobody to share them with
+                footprint = Footprint(
+                    params=self.fixed_bytes + sum(flat),
+                    grads=self._grads(buckets, grads, world_size),
+                    state=sum(map(sum, state)),
+                    transients=_transients(buckets, grads, world_size, transport),
+                    activations=activations,
+                )
+                found.append(Plan(dtype, grads, memory, world_size, footprint, sent))
+        return found
+
+    def _lay_out(
+        self, memory: Memory, world_size: int, bucket_bytes: int
+    ) -> list[tuple[Bucket, Storage]]:
+        how = formats(memory, "fp32", "auto")
+        options = Options(None, "mean", False, False, None, *how, None, bucket_bytes, 0)
+        device = self.candidates[0].param.device
+        masters = [master_of(candidate, device, options) for candidate in self.candidates]
+        return plan(self.candidates, masters, world_size, options, DeviceMemory(device))
+
+    def _grads(self, buckets: _Buckets, grads: Grads, world_size: int) -> int:
+        """``param.grad`` and the shards of their mean that are kept."""
+        shards = sum(_shard(bucket, storage) for bucket, storage in buckets)
+        if grads == "plain":
+            full = sum(sum(s.numel for s in b.spans) * how.dtype.itemsize for b, how in buckets)
+            return full + (shards if world_size > 1 else 0)
+        filling = max(self._filling(bucket, storage) for bucket, storage in buckets)
+        return filling + (shards if grads == "shard_grads" else 0)
+
+    def _filling(self, bucket: Bucket, storage: Storage) -> int:
+        """The gradients in memory when the last one of ``bucket`` arrives.
+
+        What one module's backward makes it makes at a time, also what goes into the next bucket.
+        """
+        last = min(span.param for span in bucket.spans)
+        module = _module(self.candidates[last].name)
+        beside = itertools.takewhile(
+            lambda c: module and _module(c.name) == module, reversed(self.candidates[:last])
+        )
+        numel = sum(span.numel for span in bucket.spans) + sum(c.param.numel() for c in beside)
+        return numel * storage.dtype.itemsize
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _shard(bucket: Bucket, storage: Storage) -> int:
+    return bucket.shard_numel * state_dtype(storage.dtype).itemsize
+
+
+def _transients(buckets: _Buckets, grads: Grads, world_size: int, transport: Transport) -> int:
+    """What `GradReducer.send` and `Communicator.start_reduce_scatter_mean` keep for a lane each."""
+    if world_size == 1:
+        return 0
+    most: dict[tuple[str, int, torch.dtype], int] = {}
+    for index, (bucket, storage) in enumerate(buckets):
+        lane, dtype = index % LANES, storage.dtype
+        packed = bucket.numel * dtype.itemsize
+        received = packed
+        if transport == "gloo":
+            received -= bucket.shard_numel * dtype.itemsize  # its own is read where it is
+        elif dtype == state_dtype(dtype):
+            received = 0  # NCCL sums it
+        early = grads == "update_in_backward"
+        mean = _shard(bucket, storage) if early else 0
+        for name, nbytes in (("packed", packed), ("received", received), ("mean", mean)):
+            key = (name, lane, state_dtype(dtype) if name == "mean" else dtype)
+            most[key] = max(most.get(key, 0), nbytes)
+    return sum(most.values())

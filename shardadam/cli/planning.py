@@ -1,0 +1,162 @@
+"""`plan`: what fits into the memory of a rank, what it costs on the wire, and what to write."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardadam.cli.footprint import Plan, Transport
+from shardadam.cli.modelling import DTYPES, Model
+from shardadam.cli.summary import show_tables, size
+from shardadam.cli.telling import DAMAGED, WHOLE, CommandError
+from shardadam.options import DEFAULT_BUCKET_BYTES
+
+_MOST_RANKS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What is at hand, as far as it is known.
+
+    ``ranks``: world sizes. ``memory``: bytes per rank. ``link``: bytes per second a rank sends.
+    """
+
+    ranks: Sequence[int]
+    memory: int | None
+    link: float | None
+    transport: Transport
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """``dtypes``: of the params, those wanted most first. ``activations``: bytes per rank."""
+
+    dtypes: Sequence[str]
+    activations: int
+    bucket_bytes: int
+
+
+def plan(model: Model, hardware: Hardware, wanted: Wanted, png: Path | None) -> int:
+    """Print a table and the mode to take; returns the exit code, 1 where nothing fits.
+
+    Raises:
+        CommandError: the model has params that can't be optimized.
+        OSError: the figure can't be written.
+    """
+    dtypes = list(dict.fromkeys(model.own if d == "own" else d for d in wanted.dtypes))
+    plans = [
+        each
+        for ranks in hardware.ranks
+        for each in plans_for(model, dtypes, ranks, hardware, wanted)
+    ]
+    trained = model.of(dtypes[0])
+    facts = {
+        "trained": f"{trained.numel:,} params, built in {model.own}",
+        "memory": "not given: --memory says what fits"
+        if hardware.memory is None
+        else f"{size(hardware.memory)} per rank",
+        "sent by": hardware.transport
+        + ("" if hardware.link is None else f", {hardware.link / 1e9:g} GB/s per rank"),
+    }
+    if not wanted.activations:
+        facts["not in it"] = "activations (--activations), the framework, fragments"
+    if model.note:
+        facts["note"] = model.note
+    head = ["ranks", "dtype", "gradients", "memory", "params", "grads", "state", "transit"]
+    head += ["activations"] * bool(wanted.activations)
+    head += ["peak", "sent a step", *["seconds"] * (hardware.link is not None)]
+    head += ["fits"] * (hardware.memory is not None)
+    rows = [_row(each, hardware, wanted) for each in plans]
+    numbers = {"ranks", "params", "grads", "state", "transit", "activations", "peak"}
+    numbers |= {"sent a step", "seconds"}
+    show_tables(f"plan for {model.name}", facts, [(head, rows)], numbers)
+    if png is not None:
+        from shardadam.cli.plan_figure import draw
+
+        draw(plans, hardware.memory, f"{model.name}: {trained.numel:,} params", png)
+    if hardware.memory is None:
+        return WHOLE
+    print()
+    best = [cheapest(plans, ranks, hardware.memory) for ranks in hardware.ranks]
+    for ranks, found in zip(hardware.ranks, best, strict=True):
+        where = f"on {ranks} rank{'s' * (ranks != 1)}"
+        if found is None:
+            smallest = min(
+                (each for each in plans if each.world_size == ranks),
+                key=lambda each: each.footprint.total,
+            )
+            over = smallest.footprint.total - hardware.memory
+            print(f"{where}: nothing fits; the smallest is {size(over)} over.")
+            print(f"  {_way_out(model, dtypes, ranks, hardware, wanted)}")
+        else:
+            print(f"{where}, the cheapest that fits leaves {size(_left(found, hardware))}:")
+            for line in constructor(found, model.own, wanted.bucket_bytes):
+                print(f"  {line}")
+    return WHOLE if all(best) else DAMAGED
+
+
+def plans_for(
+    model: Model, dtypes: Sequence[str], ranks: int, hardware: Hardware, wanted: Wanted
+) -> list[Plan]:
+    """Of all modes on ``ranks`` ranks, those that change and ask least first."""
+    found = []
+    for dtype in dtypes:
+        try:
+            found += model.of(dtype).plans(
+                dtype, ranks, hardware.transport, wanted.bucket_bytes, wanted.activations
+            )
+        except ValueError as error:
+            raise CommandError(str(error)) from None
+    return found
+
+
+def cheapest(plans: Sequence[Plan], ranks: int, memory: int) -> Plan | None:
+    """The first that fits: they are in order of what they ask of the program and of numerics."""
+    fitting = (p for p in plans if p.world_size == ranks and p.footprint.total <= memory)
+    return next(fitting, None)
+
+
+def constructor(chosen: Plan, own: str, bucket_bytes: int) -> list[str]:
+    """The lines to write."""
+    arguments = ["model.parameters()", "lr=lr"]
+    if chosen.grads != "plain":
+        arguments.append(f"{chosen.grads}=True")
+    if chosen.memory != "full":
+        arguments.append(f'memory="{chosen.memory}"')
+    if bucket_bytes != DEFAULT_BUCKET_BYTES:
+        arguments.append(f"bucket_bytes={bucket_bytes}")
+    cast = [] if chosen.dtype == own else [f"model.to({DTYPES[chosen.dtype]})"]
+    return [*cast, f"optimizer = shardadam.AdamW({', '.join(arguments)})"]
+
+
+def _left(chosen: Plan, hardware: Hardware) -> int:
+    assert hardware.memory is not None
+    return hardware.memory - chosen.footprint.total
+
+
+def _row(each: Plan, hardware: Hardware, wanted: Wanted) -> list[str]:
+    parts = each.footprint
+    sums = [parts.params, parts.grads, parts.state, parts.transients]
+    sums += [parts.activations] * bool(wanted.activations)
+    row = [str(each.world_size), each.dtype, each.grads, each.memory, *map(size, sums)]
+    row += [size(parts.total), size(each.sent)]
+    if hardware.link is not None:
+        row.append(f"{each.sent / hardware.link:.3g}")
+    if hardware.memory is not None:
+        row.append("yes" if parts.total <= hardware.memory else "no")
+    return row
+
+
+def _way_out(
+    model: Model, dtypes: Sequence[str], ranks: int, hardware: Hardware, wanted: Wanted
+) -> str:
+    """What would help where nothing fits."""
+    assert hardware.memory is not None
+    more = ranks
+    while (more := 2 * more) <= _MOST_RANKS:
+        found = cheapest(plans_for(model, dtypes, more, hardware, wanted), more, hardware.memory)
+        if found is not None:
+            return f"It would on {more} ranks, with {found.dtype}, {found.grads}, {found.memory}."
+    return (
+        "Nor on more ranks: params, activations and what is in transit are on every rank. Expected "
+        "fewer activations, a smaller --bucket-bytes, or params sharded by FSDP2 (docs/fsdp2.md)."
+    )

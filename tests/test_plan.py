@@ -1,0 +1,364 @@
+"""`python -m shardadam plan`: its bytes beside an optimizer's, and beside what training takes."""
+
+import ctypes
+import gc
+import json
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peaks import memory
+from torch import Tensor, nn
+
+import shardadam
+from models import Awkward, mlp
+from ranks import run_ranks
+from shardadam.cli import hf_shapes, modelling, plan_figure
+from shardadam.cli.footprint import Plan, Trained
+from shardadam.cli.main import main
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from gpt import GPT
+
+pytestmark = pytest.mark.filterwarnings("ignore:gradients are equal")
+
+MIB = 2**20
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torch_is_imported():
+    """What torch imports with the first optimizer, before ranks are forked: 1 s for each."""
+    shardadam.AdamW(mlp().parameters())
+
+
+# ---- beside an optimizer -------------------------------------------------------------------------
+
+
+def plans_of(model: nn.Module, world_size: int) -> list[Plan]:
+    trained = Trained([*model.named_parameters()])
+    return trained.plans("", world_size, "gloo", 16 * MIB, 0)
+
+
+def all_real_bytes(
+    rank: int, plans: list[Plan], made: Callable[[], nn.Module], bucket_bytes: int
+) -> list[tuple]:
+    return [real_bytes(plan, made, bucket_bytes) for plan in plans]
+
+
+def real_bytes(plan: Plan, made: Callable[[], nn.Module], bucket_bytes: int) -> tuple:
+    """Params, gradients, state, what is kept for transit, and what a step sends."""
+    model = made()
+    options = {} if plan.grads == "plain" else {plan.grads: True}
+    optimizer = shardadam.AdamW(
+        model.parameters(), memory=plan.memory, bucket_bytes=bucket_bytes, **options
+    )
+    params = [param for param in model.parameters() if param.requires_grad]
+    ranks = optimizer._communicator
+    for _ in range(2):
+        before = dict(ranks.sent_bytes)
+        sum(param.abs().sum().float() for param in params).backward()
+        grads = sum(param.grad.nbytes for param in params if param.grad is not None)
+        optimizer.step()
+        optimizer.zero_grad()
+    if plan.grads != "plain":
+        # Those that are in memory at a time, while their bucket fills.
+        grads = max(sum(param.nbytes for param in b.params) for b in optimizer._buckets)
+    moved = ("reduce-scattering gradients", "all-gathering params")
+    return (
+        sum(bucket.memory.flat.nbytes for bucket in optimizer._buckets),
+        grads + sum(g._memory.nbytes for g in optimizer._reducer.grads if g._memory is not None),
+        sum(t.nbytes for bucket in optimizer._buckets for t in bucket.state.values()),
+        sum(buffer.nbytes for buffer in ranks._buffers.values()),
+        sum(ranks.sent_bytes.get(name, 0) - before.get(name, 0) for name in moved),
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "made", [mlp, lambda: mlp(torch.bfloat16), lambda: mlp(torch.float16), Awkward]
+)
+def test_bytes_are_those_of_an_optimizer(made, world_size):
+    for bucket_bytes in (9000, 16 * MIB):
+        model = made()
+        fixed = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+        # Without names: which gradients come at a time is backward's, not the optimizer's.
+        trained = Trained([("", param) for param in model.parameters()])
+        plans = trained.plans("", world_size, "gloo", bucket_bytes, 0)
+        expected = [
+            (
+                *(plan.footprint.params - fixed, plan.footprint.grads, plan.footprint.state),
+                *(plan.footprint.transients, plan.sent),
+            )
+            for plan in plans
+        ]
+        for found in run_ranks(world_size, all_real_bytes, plans, made, bucket_bytes):
+            assert found == expected, bucket_bytes
+
+
+# ---- beside what training takes ------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Post-norm transformer blocks over tokens."""
+
+    def __init__(self, layers: int = 4, width: int = 384, vocabulary: int = 8000) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 6, 4 * width, 0.0, batch_first=True)
+            for _ in range(layers)
+        )
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, text: Tensor) -> Tensor:
+        x = self.tokens(text)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def perceptron(layers: int = 14, width: int = 1000) -> nn.Module:
+    return nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)])
+
+
+def convolutions(width: int = 320, layers: int = 10) -> nn.Module:
+    inner = [nn.Conv2d(width, width, 3, padding=1) for _ in range(layers)]
+    return nn.Sequential(nn.Conv2d(3, width, 3), *inner, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def demo(table_rows: int = 8192) -> nn.Module:
+    return GPT(2, 128, 128, table_rows=table_rows)
+
+
+# How it is built, its input (of few activations), and of what size it warms up.
+MODELS = {
+    "demo": (demo, lambda: torch.randint(256, (1, 16)), {"table_rows": 100}),
+    "perceptron": (perceptron, lambda: torch.randn(2, 1000), {"layers": 1}),
+    "encoder": (Encoder, lambda: torch.randint(100, (1, 8)), {"layers": 1, "vocabulary": 128}),
+    "convolutions": (convolutions, lambda: torch.randn(1, 3, 6, 6), {"layers": 1}),
+}
+
+
+def peak_of_training(rank: int, name: str, dtype: torch.dtype, plan: Plan) -> int:
+    """Bytes of resident memory that making a model and training it takes, at the peak."""
+    # Let glibc give back what is freed at once, so that the peak is that of what is in use.
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 65536)
+    make, inputs, small = MODELS[name]
+
+    def train(model: nn.Module) -> None:
+        model.to(dtype)
+        options = {} if plan.grads == "plain" else {plan.grads: True}
+        optimizer = shardadam.AdamW(model.parameters(), memory=plan.memory, **options)
+        for _ in range(2):
+            given = inputs()
+            given = given.to(dtype) if given.is_floating_point() else given
+            model(given).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    train(make(**small))  # brings code into memory, and what libraries keep
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = memory("VmRSS")
+    train(make())
+    return (memory("VmHWM") - before) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux counts resident memory")
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("name", "dtype", "grads", "memory_mode"),
+    [
+        ("demo", torch.float32, "plain", "full"),
+        ("perceptron", torch.float32, "shard_grads", "full"),
+        ("encoder", torch.bfloat16, "update_in_backward", "full"),
+        ("convolutions", torch.bfloat16, "plain", "lean"),
+    ],
+)
+def test_peaks_are_those_of_training(name, dtype, grads, memory_mode, world_size):
+    """All modes, one a model: the bytes behind them are tested above, of every mode."""
+    with torch.device("meta"):
+        model = MODELS[name][0]().to(dtype)
+    if world_size == 1 and grads == "shard_grads":
+        grads = "plain"
+    (plan,) = [
+        plan
+        for plan in plans_of(model, world_size)
+        if (plan.grads, plan.memory) == (grads, memory_mode)
+    ]
+    found = max(run_ranks(world_size, peak_of_training, name, dtype, plan))
+    expected = plan.footprint.total
+    print(f"{name} at W = {world_size}: {found / MIB:.1f} MiB, {found / expected:.3f} of the plan")
+    assert abs(found - expected) <= 0.05 * expected
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+LLAMA_2_7B = {
+    **{"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008},
+    **{"num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000},
+}
+MISTRAL_7B = {
+    **{**LLAMA_2_7B, "model_type": "mistral", "intermediate_size": 14336},
+    "num_key_value_heads": 8,
+}
+QWEN2_7B = {
+    **{"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944},
+    **{"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
+    "vocab_size": 152064,
+}
+GPT2 = {
+    **{"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_positions": 1024},
+    "vocab_size": 50257,
+}
+
+
+def planned(capsys, *arguments: object) -> tuple[int, str]:
+    code = main(["plan", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    assert not err or (code == 2 and not out and err.count("\n") == 1), err
+    return code, out or err
+
+
+@pytest.mark.parametrize(
+    ("config", "numel"),
+    [  # as published
+        (LLAMA_2_7B, 6_738_415_616),
+        (MISTRAL_7B, 7_241_732_096),
+        (QWEN2_7B, 7_615_616_512),
+        (GPT2, 124_439_808),
+    ],
+)
+def test_known_configs(config, numel, tmp_path, monkeypatch):
+    monkeypatch.setattr(modelling, "find_spec", lambda name: None)  # without transformers
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    model = modelling.from_config(path)
+    assert model.of("bf16").numel == numel
+    assert "transformers is not installed" in model.note
+
+
+def test_config_by_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    for config in (GPT2, {**LLAMA_2_7B, "num_hidden_layers": 2}):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(config))
+        theirs = modelling.from_config(path).of("fp32").candidates
+        assert [(c.name, tuple(c.param.shape)) for c in theirs] == hf_shapes.shapes(config), (
+            transformers.__version__
+        )
+
+
+def test_what_fits(capsys):
+    code, out = planned(
+        *(capsys, "--params", "7e9", "--dtype", "bf16", "--ranks", 4, 64),
+        *("--memory", "18GB", "--link", "400Gb/s"),
+    )
+    assert code == 1
+    four, sixty_four = out.split("on 4 ranks: ")[1].split("\non 64 ranks")
+    assert four.startswith("nothing fits; the smallest is 1.")
+    assert "It would on 8 ranks, with bf16, update_in_backward, leanest." in four
+    assert "shardadam.AdamW(model.parameters(), lr=lr, shard_grads=True)" in sixty_four
+    assert "model.to(torch.bfloat16)" in sixty_four
+    rows = [line.split() for line in out.splitlines() if line.startswith("64 ")]
+    # 2 * 2 bytes * 63/64 * 7e9 / 50e9
+    assert len(rows) == 9 and {row[-2] for row in rows} == {"0.551"}
+
+
+def test_a_model_by_its_import_path(capsys, tmp_path):
+    code, out = planned(
+        *(capsys, "gpt:GPT", "layers=2", "width=128", "context=128", "--ranks", 2),
+        *("--memory", "1GB", "--activations", "5MiB", "--png", tmp_path / "plan.png"),
+    )
+    assert code == 0
+    assert "plan for gpt:GPT(layers=2, width=128, context=128)" in out
+    assert "4,670,080 params, built in fp32" in out and "5.0 MiB" in out
+    assert out.endswith("  optimizer = shardadam.AdamW(model.parameters(), lr=lr)\n")
+    data = (tmp_path / "plan.png").read_bytes()
+    width, height = struct.unpack(">II", data[16:24])
+    assert data.startswith(b"\x89PNG") and width > 600 and height > 600
+
+
+def test_the_call_that_is_printed_can_be_written(capsys):
+    _, out = planned(
+        *(capsys, "gpt:GPT", "layers=1", "width=64", "context=64", "--ranks", 1, "--dtype", "bf16"),
+        *("--memory", "21MiB", "--bucket-bytes", "1MiB"),
+    )
+    lines = out.split("leaves ")[1].splitlines()[1:]
+    model = GPT(1, 64, 64)
+    names = {"model": model, "torch": torch, "shardadam": shardadam, "lr": 1e-3}
+    for line in lines:
+        exec(line.strip(), names)
+    assert "bucket_bytes=1048576" in lines[-1] and "memory=" in lines[-1], lines
+    assert isinstance(names["optimizer"], shardadam.AdamW)
+
+
+def test_more_ranks_do_not_make_params_smaller(capsys):
+    code, out = planned(capsys, "--params", "1e9", "--dtype", "fp32", "--memory", "3GB")
+    assert code == 1
+    assert "Nor on more ranks: params" in out and "FSDP2" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ([], "expected a model or --params, one of the two"),
+        (["gpt:GPT", "--params", "7e9"], "expected a model or --params"),
+        (["nowhere:Model"], "nowhere:Model can't be imported: ModuleNotFoundError"),
+        (["gpt:Model"], "gpt:Model can't be imported: AttributeError"),
+        (["gpt:GPT", "layers"], "expected an argument as name=value, found 'layers'"),
+        (["gpt:GPT", "layers=2"], "could not be built on the meta device"),
+        (["gpt:VOCABULARY"], "TypeError: 'int' object is not callable"),
+        (["builtins:dict"], "returned dict: expected a torch.nn.Module"),
+        (["torch.nn:ReLU"], "has no params that are trained"),
+        (["no.json"], "no.json: No such file or directory"),
+    ],
+)
+def test_no_model(capsys, arguments, error):
+    code, told = planned(capsys, *arguments)
+    assert code == 2 and error in told, told
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("{", "expected a Hugging Face config in JSON"),
+        ("{}", 'expected a Hugging Face config, found none with "model_type"'),
+        ('{"model_type": "t5"}', "model_type 't5' takes transformers: pip install transformers"),
+        ('{"model_type": "llama"}', "its fields are not those of a llama: KeyError('hidden_size')"),
+    ],
+)
+def test_no_config(capsys, monkeypatch, tmp_path, text, error):
+    monkeypatch.setattr(modelling, "find_spec", lambda name: None)
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    code, told = planned(capsys, path)
+    assert code == 2 and error in told, told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--memory", "80 apples"], "expected bytes, such as 80GB or 24GiB, found '80 apples'"),
+        (["--memory", "80Gb"], "expected bytes"),
+        (["--link", "50"], "expected bytes or bits per second, such as 50GB/s or 400Gb/s"),
+        (["--params", "-7"], "expected a number, such as 7e9 or 7B"),
+        (["--ranks", "0"], "expected 1 or more, found '0'"),
+    ],
+)
+def test_quantities(capsys, arguments, error):
+    with pytest.raises(SystemExit) as left:
+        main(["plan", *arguments])
+    assert left.value.code == 2
+    assert error in capsys.readouterr().err
+
+
+def test_without_matplotlib(capsys, monkeypatch):
+    monkeypatch.setattr(plan_figure, "find_spec", lambda name: None)
+    code, told = planned(capsys, "--params", "7B", "--png", "plan.png")
+    assert code == 2
+    assert told.endswith('--png draws with matplotlib: pip install "shardadam[demo]"\n')
