@@ -19,6 +19,8 @@ from shardadam.cli.telling import CommandError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+_MOST_PIECES = 4096  # four of them, in transit, are then 0.1 % of the params
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
@@ -35,10 +37,10 @@ class Model:
 
 def from_count(numel: int, bucket_bytes: int) -> Model:
     """``numel`` params of which nothing else is known."""
-    piece = bucket_bytes // 4
+    piece = max(bucket_bytes // 4, -(-numel // _MOST_PIECES))
     sizes = [piece] * (numel // piece) + ([numel % piece] if numel % piece else [])
     named = [(f"part{index}.weight", (size,)) for index, size in enumerate(sizes)]
-    note = "no param is taken to be larger than a bucket; a model's embedding may be"
+    note = f"as if in params of {piece:,} elements; a model's embedding may be larger"
     return _from_shapes(f"{numel:,} params", note, named)
 
 

@@ -10,7 +10,11 @@ from shardadam.cli.summary import show_tables, size
 from shardadam.cli.telling import DAMAGED, WHOLE, CommandError
 from shardadam.options import DEFAULT_BUCKET_BYTES
 
-_MOST_RANKS = 1 << 16
+_MOST_RANKS = 1 << 14
+_NO_WAY = (
+    "Nor on more ranks: params, activations and what is in transit are on every rank. Expected "
+    "fewer activations, a smaller --bucket-bytes, or params sharded by FSDP2 (docs/fsdp2.md)."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,9 @@ def plan(model: Model, hardware: Hardware, wanted: Wanted, png: Path | None) -> 
             )
             over = smallest.footprint.total - hardware.memory
             print(f"{where}: nothing fits; the smallest is {size(over)} over.")
-            print(f"  {_way_out(model, dtypes, ranks, hardware, wanted)}")
+            least = min(p.footprint.params + p.footprint.activations for p in plans)
+            helps = least < hardware.memory  # what is on every rank leaves room
+            print(f"  {_way_out(model, dtypes, ranks, hardware, wanted) if helps else _NO_WAY}")
         else:
             print(f"{where}, the cheapest that fits leaves {size(_left(found, hardware))}:")
             for line in constructor(found, model.own, wanted.bucket_bytes):
@@ -156,7 +162,4 @@ def _way_out(
         found = cheapest(plans_for(model, dtypes, more, hardware, wanted), more, hardware.memory)
         if found is not None:
             return f"It would on {more} ranks, with {found.dtype}, {found.grads}, {found.memory}."
-    return (
-        "Nor on more ranks: params, activations and what is in transit are on every rank. Expected "
-        "fewer activations, a smaller --bucket-bytes, or params sharded by FSDP2 (docs/fsdp2.md)."
-    )
+    return _NO_WAY
