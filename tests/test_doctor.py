@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -165,10 +166,8 @@ def test_no_store(capfd, monkeypatch):
 
 def wrong_clock(rank: int) -> None:
     if rank == 1:
-        right = time.time
-        together.time = type(
-            "Time", (), {"time": lambda: right() + 5, **{"perf_counter": time.perf_counter}}
-        )
+        ahead = time.time
+        together.time = SimpleNamespace(time=lambda: ahead() + 5, perf_counter=time.perf_counter)
 
 
 def test_clocks(tmp_path):
