@@ -4,6 +4,7 @@ from pathlib import PurePath
 
 import pytest
 import torch
+import torch._dynamo  # a second, which otherwise the first optimizer of every forked rank pays
 
 from shardadam.kernels import backend_for, cpu
 from shimmed_cuda import shimmed_cuda
