@@ -104,10 +104,10 @@ def save_all_formats(rank: int, folder: str) -> dict | None:
     checkpoint.save(f"{folder}/ours", step=3, optimizer=optimizer, model=model)
     state = dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True))
     dcp.save(state, checkpoint_id=f"{folder}/dcp")
+    torch.save({"model": {}, "optim": optimizer.state_dict()}, f"{folder}/part-{rank}")
     whole = optimizer.consolidate_state_dict()
     if whole is not None:
         torch.save({"model": model.state_dict(), "optim": whole}, f"{folder}/torch")
-    torch.save({"model": {}, "optim": optimizer.state_dict()}, f"{folder}/part-{rank}")
 
 
 def test_what_two_ranks_wrote(tmp_path, capsys):
