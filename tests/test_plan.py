@@ -14,7 +14,7 @@ from torch import nn
 
 import shardadam
 from models import Awkward, mlp
-from plan_peaks import CASES, MIB, WORLD_SIZES
+from plan_peaks import CASES, GPT, MIB, WORLD_SIZES
 from ranks import run_ranks
 from shardadam.cli import hf_shapes, modelling, plan_figure
 from shardadam.cli.footprint import Plan, Trained
