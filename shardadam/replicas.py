@@ -93,7 +93,12 @@ class Replicas:
         for place, index in enumerate(self.elsewhere):
             sums = [of_rank[place] for of_rank in held]
             self._compare("the gradient of", index, self._holders[index], sums)
-        self.elsewhere = [i for i, found in zip(self.elsewhere, own, strict=True) if not found]
+        # By what all ranks said: the next comparison is entered by every rank or by none.
+        self.elsewhere = [
+            index
+            for place, index in enumerate(self.elsewhere)
+            if not all(of_rank[place] for of_rank in held)
+        ]
 
     def _compare(
         self,

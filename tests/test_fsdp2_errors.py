@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import parallelize_module
 
 import shardadam
-from meshes import PLAN, Net, assert_same, backward, fulls, on_one_dim
+from meshes import PLAN, Net, assert_same, backward, fulls, on_one_dim, seed_of, two_dims
 from ranks import run_ranks
 from shardadam import checkpoint
 
@@ -86,6 +86,26 @@ def forgotten_mesh(rank: int) -> None:
 
 def test_gradients_that_nobody_averages_are_an_error():
     run_ranks(4, forgotten_mesh)
+
+
+def missing_on_a_shard(rank: int) -> None:
+    """Holders of one shard have no gradient at the first comparison: all compare again."""
+    model = two_dims()
+    optimizer = shardadam.AdamW(model.named_parameters())
+    backward(model, seed_of(model, 0))
+    param = model.start.weight  # on two meshes, of one dim each
+    grad = param.grad
+    if rank >= 2:
+        param.grad = None
+    with pytest.raises(ValueError, match=r"start.weight is a DTensor and has a gradient on some"):
+        optimizer.step()
+    param.grad = grad
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 1
+
+
+def test_a_gradient_that_a_shard_lacks_leaves_no_rank_waiting():
+    run_ranks(4, missing_on_a_shard, timeout_s=40)
 
 
 def plain_gradient(rank: int) -> None:
