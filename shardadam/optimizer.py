@@ -10,28 +10,20 @@ from torch._compile import _disable_dynamo
 
 from shardadam import amp, clipping, placement
 from shardadam.agreement import Point, Range, difference, digest, meet
-from shardadam.backward import Backward, EarlyUpdate
 from shardadam.bucket_grads import BucketGrads
-from shardadam.buffers import FlatBucket
-from shardadam.candidates import Candidate, single_device, unplaced
-from shardadam.collectives import Communicator
+from shardadam.candidates import Candidate, unplaced
 from shardadam.forward import ForwardGate
-from shardadam.gathers import Gathers
-from shardadam.gradients import GradReducer, not_the_same
-from shardadam.kernels import Hyperparameters, backend_for
-from shardadam.offload import place_for_state
-from shardadam.options import Options
-from shardadam.phases import Phases, phase
-from shardadam.sharded_state import ShardedState
-from shardadam.shown_state import ShownState
-from shardadam.steps import DeviceSteps, HostSteps, Steps
+from shardadam.gradients import not_the_same
+from shardadam.kernels import Hyperparameters
+from shardadam.phases import phase
+from shardadam.sharded_params import ShardedParams
 from shardadam.updates import lack_maximum, plan
 from shardadam.wrapped import on_the_wrapped
 
 _Seen = dict[str, Range]
 
 
-class ShardedOptimizer(ShardedState):
+class ShardedOptimizer(ShardedParams):
     """Adam's family, with its state sharded over the ranks of a process group.
 
     A mixin before the torch.optim class of the same name, which validates and keeps the
@@ -45,85 +37,6 @@ class ShardedOptimizer(ShardedState):
     grad_norm: Tensor | None
     # GradScaler then leaves unscaling and skipping to step(), where all ranks decide as one.
     _step_supports_amp_scaling = True
-    _scalars: dict[str, float] = {"step": 0.0}  # noqa: RUF012  (torch.optim is no dataclass)
-
-    # ---- construction ---------------------------------------------------------------------------
-
-    def _shard(
-        self, options: Options, rounds: Sequence[Sequence[Candidate] | None] = (None,)
-    ) -> None:
-        """Take over the params: the last act of construction. A copy's ``rounds`` are given."""
-        device = single_device(self.param_groups)
-        self._options = options
-        self._backend, self._memory, self._updater = place_for_state(
-            options, device, backend_for(device)
-        )
-        self._communicator = Communicator(options.process_group, device, self._backend.mean)
-        self._steps: Steps = (
-            DeviceSteps(self._backend) if self._backend.folds_on_device else HostSteps()
-        )
-        early = options.update_in_backward
-        shard_grads = options.shard_grads or early
-        self._reducer = GradReducer(self._communicator, options.grad_sync, shard_grads)
-        self._backward = Backward(
-            self._reducer,
-            self._communicator,
-            EarlyUpdate.of(self._check_early, self._update, self._settle) if early else None,
-        )
-        self._gathers = Gathers(self._communicator)
-        self._gate: ForwardGate | None = None
-        self._buckets: list[FlatBucket] = []
-        self._clipped: clipping.Clipped | None = None
-        self._broken, self._phases = None, Phases()
-        self.grad_norm = None
-        self._sharded = True
-        self._places: dict[Tensor, tuple[FlatBucket, int]] = {}
-        self._placed: set[int] = set()
-        self._rounds: list[Sequence[Candidate]] = []
-        self.state = self._shown = ShownState()
-        self._edited: list[str] = []
-        for candidates in rounds:
-            self._place(candidates)
-
-    def _place(self, candidates: Sequence[Candidate] | None = None) -> None:
-        """Lay out the params that have no place yet: new ones, unfrozen ones. Collective."""
-        if candidates is None:
-            candidates = unplaced(self.param_groups, self._placed)
-        settings = placement.hyperparameters(self.param_groups, self.defaults)
-        settings += [type(self).__name__, *self._options.lines()]
-        placed = placement.place(
-            candidates,
-            placement.block_numbers(self.param_groups),
-            settings,
-            self._scalars,
-            self._communicator,
-            self._options,
-            self._memory,
-            scalars_on_device=self._backend.folds_on_device,
-        )
-        self._rounds.append(candidates)
-        self._buckets += placed
-        self._reducer.add(placed)
-        self._backward.watch(list(placed))
-        if self._gate is not None:
-            self._gate.forget_places()
-        self._shown.add(c.param for c in candidates)  # in torch's order, which is not the buckets'
-        for bucket in placed:
-            self._places.update((param, (bucket, i)) for i, param in enumerate(bucket.params))
-            self._placed.update(map(id, bucket.params))
-            self._shown.show(bucket)
-            self._steps.watch(bucket)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.optim, on every rank alike."""
-        super().add_param_group(param_group)
-        if self._sharded:
-            try:
-                single_device(self.param_groups)
-                self._place()
-            except Exception:
-                self.param_groups.pop()
-                raise
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -373,28 +286,3 @@ class ShardedOptimizer(ShardedState):
         self._reducer.check(any(group.get("differentiable") for group in self.param_groups))
         clipping.check(self._clipped, self._reducer)
         amp.check(self, self._reducer.keeps)
-
-    def _reserve_maxima(self) -> None:
-        """Make sure that there is room for what AMSGrad, if it was switched on, needs."""
-        for bucket in lack_maximum(self._buckets, self.param_groups):
-            bucket.reserve_maximum()
-
-    def _check_usable(self) -> None:
-        """Raise if an earlier step failed midway, params are elsewhere, or betas no good."""
-        if self._broken is not None:
-            raise RuntimeError(
-                f"an earlier step() was broken off by {self._broken}: params and state of the "
-                "ranks may not belong together. Load a checkpoint into a new optimizer"
-            )
-        self._backward.check()
-        placement.check_betas(self.param_groups, self._options.state)
-        for bucket in self._buckets:
-            bucket.refresh()
-
-    @contextlib.contextmanager
-    def _broken_by_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as error:
-            self._broken = f"{type(error).__name__}: {error}"
-            raise

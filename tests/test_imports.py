@@ -33,6 +33,7 @@ LEVELS = [
     ["clipping", "consolidation", "slots", "updates"],
     ["file_slot", "host_slot", "sharded_state", "streaming"],
     ["offload"],
+    ["sharded_params"],
     ["optimizer"],
     ["adam", "integrations", "integrations.ddp"],
     ["integrations.deepspeed", "integrations.huggingface"],
