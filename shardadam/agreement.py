@@ -93,9 +93,10 @@ def meet(
             raise error
         return {name: Range(word, word) for name, word in words.items()}
     padding = [0] * (_WORDS - len(words))
+    made = communicator.made
     try:
         low, high = communicator.agree(
-            [error is not None, point, communicator.ordinal, *words.values(), *padding]
+            [error is not None, point, communicator.ordinal, made, *words.values(), *padding]
         )
     except RuntimeError as lost:
         if error is not None:
@@ -111,6 +112,12 @@ def meet(
             f"ranks have come to different points: {places}. Every rank must run the same number "
             "of backward passes, no_sync() contexts and steps."
         ) from error
+    if low[3] != high[3]:
+        raise RuntimeError(
+            f"ranks have come to {_NAMES[point]} after different numbers of exchanges, {low[3]} to "
+            f"{high[3]}: expected the same calls on every rank. Params and state may not belong "
+            "together. Load a checkpoint into a new optimizer"
+        ) from error
     if high[0]:
         reports = communicator.exchange(
             None if error is None else f"{type(error).__name__}: {error}"
@@ -123,7 +130,7 @@ def meet(
         raise RuntimeError(f"another rank stopped before {_NAMES[point]}: {culprits}")
     return {
         name: Range(*pair)
-        for name, pair in zip(words, zip(low[3:], high[3:], strict=True), strict=False)
+        for name, pair in zip(words, zip(low[4:], high[4:], strict=True), strict=False)
     }
 
 

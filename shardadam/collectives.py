@@ -1,4 +1,4 @@
-"""With `ranks`, the only caller of torch.distributed: what sharded Adam sends to its peers.
+"""Of those who call torch.distributed (`ranks`, `alarm`), what sharded Adam sends to its peers.
 
 `Communicator` is bound to one process group; a world of one needs no process group and sends
 nothing. Algorithms are chosen by backend, from measurements (docs/performance.md):
@@ -81,7 +81,7 @@ class Communicator(Ranks):
                 ranks["use_local_synchronization"] = True
             Communicator._aside[group] = dist.new_group(backend="gloo", **ranks)
         aside = Communicator(Communicator._aside[group], torch.device("cpu"))
-        aside.ordinal = self.ordinal
+        aside.ordinal, aside.flight.phases = self.ordinal, self.flight.phases
         return aside
 
     def sum_exactly(self, words: Tensor) -> None:

@@ -13,11 +13,20 @@ R = TypeVar("R")
 
 
 class Phases:
-    """Of one optimizer, since it was made: steps, those that were skipped, seconds by phase."""
+    """Of one optimizer, since it was made: steps, those that were skipped, seconds by phase.
+
+    ``now``: the phase that it is in, if any.
+    """
 
     def __init__(self) -> None:
         self.steps = self.skipped = 0
         self.seconds: dict[str, float] = {}
+        self.now = ""
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """How many steps have been made, and the phase that it is in."""
+        return self.steps, self.now
 
     def count(self, *, skipped: bool) -> None:
         """A step has been made."""
@@ -37,7 +46,8 @@ def phase(
     def decorate(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
         @functools.wraps(method)
         def run(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-            seconds: dict[str, float] = self._phases.seconds  # type: ignore[attr-defined]
+            phases: Phases = self._phases  # type: ignore[attr-defined]
+            before, phases.now = phases.now, name
             start = time.perf_counter()
             try:
                 if not torch._C._autograd._profiler_enabled():
@@ -45,7 +55,9 @@ def phase(
                 with torch.profiler.record_function(f"shardadam.{name}"):
                     return method(self, *args, **kwargs)
             finally:
-                seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+                phases.now = before
+                took = time.perf_counter() - start
+                phases.seconds[name] = phases.seconds.get(name, 0.0) + took
 
         return run
 

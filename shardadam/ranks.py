@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -17,7 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardadam.alarm import Alarm
 from shardadam.exchange import Exchange, Union, watch
+from shardadam.flight import Flight
 
 _TAGS = 1 << 30  # from here on: they must not pair with a user's sends
 _WORDS_TAG = _TAGS - 1  # one for all: ranks that are in different places must meet
@@ -29,9 +32,10 @@ class Ranks:
 
     Attributes: ``rank`` and ``world_size`` within the group, ``backend`` its name ("none" when
     alone), ``device`` of the tensors, ``ordinal`` a number that no other optimizer of these ranks
-    has, agreed on at construction, ``sent_bytes`` what this rank has sent so far, by what it was
-    doing: payload, and what a tree or ring sends on average over the ranks. Descriptions, which
-    only errors need, are not counted.
+    has, agreed on at construction, ``made`` how many exchanges it has begun, which is the same on
+    all ranks where they meet, ``flight`` a record of the last ones, ``sent_bytes`` what this rank
+    has sent so far, by what it was doing: payload, and what a tree or ring sends on average over
+    the ranks. Descriptions, which only errors need, are not counted.
     """
 
     _last_ordinal = 0
@@ -44,7 +48,10 @@ class Ranks:
         self.rank, self.world_size, self.backend = 0, 1, "none"
         self.device = device
         self.ordinal = 0
+        self.made = 0
+        self.flight = Flight()
         self.sent_bytes: dict[str, int] = {}
+        self._alarm: Alarm | None = None
         self._exchanges, self._point_to_point = 0, False
         if process_group is None and not (dist.is_available() and dist.is_initialized()):
             return
@@ -63,6 +70,8 @@ class Ranks:
         self.backend = backends.get(device.type, config)
         self._point_to_point = self.backend != "nccl" and device.type == "cpu"
         self._host_group, self._host_device = self._find_host_group(backends)
+        if self.world_size > 1:
+            self._alarm = Alarm.of_world()
 
     def _find_host_group(
         self, backends: Mapping[str, str]
@@ -138,7 +147,7 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        with self._says("exchanging descriptions"):
+        with self._says("exchanging descriptions", sends=0):
             dist.all_gather_object(values, value, group=self._host_group)
         return values
 
@@ -192,19 +201,34 @@ class Ranks:
         return Exchange(functools.partial(self._says, doing), works, finish)
 
     @contextlib.contextmanager
-    def _says(self, doing: str, *tensors: Tensor, sends: int = 0) -> Iterator[None]:
-        """Adds to torch.distributed's error what this optimizer was doing with ``tensors``.
+    def _says(self, doing: str, *tensors: Tensor, sends: int | None = None) -> Iterator[None]:
+        """Adds to torch.distributed's error what the ranks were doing, and who is missed.
 
-        Exit waits until they are let go of, see [Note: tensors in flight].
-        ``sends`` are the bytes for `sent_bytes`.
+        Exit waits until ``tensors`` are let go of, see [Note: tensors in flight].
+        ``sends`` are the bytes for `sent_bytes`; None: this only waits for what has been begun.
         """
         for tensor in tensors:
             watch(tensor)
-        self.sent_bytes[doing] = self.sent_bytes.get(doing, 0) + sends
+        if sends is not None:
+            self.made += 1
+            self.sent_bytes[doing] = self.sent_bytes.get(doing, 0) + sends
+        leg = self.flight.begin(doing, sends or 0)
         try:
             yield
         except RuntimeError as error:
-            raise RuntimeError(
-                f"rank {self.rank} of {self.world_size} failed while {doing} over {self.backend} "
-                f"(has a peer died?): {error}"
-            ) from error
+            raise self._failure(doing, error) from error
+        leg.seconds = time.time() - leg.began
+
+    def _failure(self, doing: str, error: RuntimeError) -> RuntimeError:
+        missed, told = "has a peer died?", str(error).partition("\n")[0]
+        if self._alarm is not None:
+            world = dist.group.WORLD if self.process_group is None else self.process_group
+            ranks = dist.get_process_group_ranks(world)
+            numbers = "" if len(ranks) == dist.get_world_size() else "in the default group, "
+            missed = f"{numbers}{self._alarm.ask(ranks)}."
+        text = (
+            f"rank {self.rank} of {self.world_size} failed while {doing} over {self.backend}, "
+            f"{self.flight.place()}: {missed} {told}"
+        )
+        self.flight.dump(text)
+        return RuntimeError(text)

@@ -18,7 +18,6 @@ from shardadam.gradients import GradReducer
 from shardadam.kernels import backend_for
 from shardadam.offload import place_for_state
 from shardadam.options import Options
-from shardadam.phases import Phases
 from shardadam.sharded_state import ShardedState
 from shardadam.shown_state import ShownState
 from shardadam.steps import DeviceSteps, HostSteps, Steps
@@ -55,7 +54,7 @@ class ShardedParams(ShardedState):
         self._gate: ForwardGate | None = None
         self._buckets: list[FlatBucket] = []
         self._clipped: clipping.Clipped | None = None
-        self._broken, self._phases = None, Phases()
+        self._broken, self._phases = None, self._communicator.flight.phases
         self.grad_norm = None
         self._sharded = True
         self._places: dict[Tensor, tuple[FlatBucket, int]] = {}

@@ -31,7 +31,7 @@ def start(folder: Path, *, ranks: int = 2, restarts: int = 0, disturbed: str = "
 
 
 def finish(process: subprocess.Popen, returns: int = 0) -> str:
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == returns, output
     return output
 

@@ -2,12 +2,13 @@
 
 import os
 import secrets
-import socket
 import time
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+
+from shardadam.lifeline import own_address
 
 _KEY = "shardadam's store"
 _WAIT = timedelta(minutes=5)
@@ -51,8 +52,7 @@ def _store_of_this_attempt(rank: int, world_size: int) -> Any:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     shared = _connect(address, port, _WAIT)
     if rank == 0:
-        with socket.create_connection((address, port)) as connection:
-            own = connection.getsockname()[0]  # by which other hosts reach this one
+        own = own_address(address, port)
         store = dist.TCPStore(  # type: ignore[attr-defined]
             own, 0, world_size, is_master=True, wait_for_workers=False
         )

@@ -1,0 +1,233 @@
+"""A rank that dies, freezes, ends or is late is named by all others, soon, with where they were."""
+
+import atexit
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+import shardadam
+from models import loss_of, mlp, train
+from ranks import run_ranks
+from shardadam import checkpoint
+from shardadam.checkpoint import tensorfile
+
+WITHIN_S = 2.0  # of the death
+TIMEOUT_S = 3.0
+LOST = 2  # of three ranks
+# The place at which a rank is lost, and where the others then say they are.
+PLACES = {
+    "backward": ("reduce-scattering gradients", r"after step 3"),
+    "before reduce": ("reduce-scattering gradients", r"in step 4 \(reduce\)"),
+    "between reduce and update": ("all-gathering params", r"in step 4 \((update|gather)\)"),
+    "in update": ("all-gathering params", r"in step 4 \((update|gather)\)"),
+    "in gather": ("all-gathering params|agreeing on what", r"in step (4 \(gather\)|5 \(meet\))"),
+    "in save": ("agreeing on what comes next|exchanging", r"after step 3"),
+}
+
+
+def arm(optimizer: shardadam.AdamW, place: str, model, act) -> None:
+    """Have ``act()`` called at that place of the next step."""
+
+    def before(name: str) -> None:
+        method = getattr(optimizer, name)
+
+        def acts(*args, **kwargs):
+            act()
+            return method(*args, **kwargs)
+
+        setattr(optimizer, name, acts)
+
+    if place == "backward":  # the meeting is over, and the first bucket is not reduced
+        model[0].bias.register_hook(lambda grad: act())
+    elif place == "in update":
+        optimizer._updater.run = lambda *_: act()
+    elif place == "in save":
+        tensorfile.write_all = lambda *_: act()
+    else:
+        before(
+            {
+                "before reduce": "_reduce",
+                "between reduce and update": "_update",
+                "in gather": "_settle",
+            }[place]
+        )
+
+
+def lose(rank: int, place: str, number: int, folder: str) -> tuple[float, str]:
+    """Seconds from the loss to the error, and its text."""
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters(), shard_grads=place == "backward")
+    train(model, optimizer, range(3))
+    mark = Path(folder, "lost")
+
+    def act() -> None:
+        mark.write_text(str(time.time()))
+        os.kill(os.getpid(), number)
+
+    if rank == LOST:
+        arm(optimizer, place, model, act)
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.zero_grad()
+        loss_of(model, 3).backward()
+        if place == "in save":
+            checkpoint.save(folder, step=3, optimizer=optimizer, model=model)
+        for _ in range(2):  # who has what it needs is not held up, and learns of it in the next
+            optimizer.step()
+    return time.time() - float(mark.read_text()), str(caught.value)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_dead_rank_is_named_within_two_seconds(place, tmp_path):
+    doing, where = PLACES[place]
+    *told, _ = run_ranks(3, lose, place, signal.SIGKILL, str(tmp_path), lost=[LOST])
+    for rank, (seconds, text) in enumerate(told):
+        assert seconds < WITHIN_S, text
+        assert re.match(rf"rank {rank} of 3 failed while ({doing}).* over gloo, ({where}): ", text)
+        assert "rank 2 gives no sign of life; rank" in text
+
+
+def test_a_frozen_rank_is_named_within_the_timeout(tmp_path):
+    *told, _ = run_ranks(
+        3,
+        lose,
+        "between reduce and update",
+        signal.SIGSTOP,
+        str(tmp_path),
+        lost=[LOST],
+        peer_timeout_s=TIMEOUT_S,
+    )
+    for seconds, text in told:
+        assert seconds < TIMEOUT_S + 5, text
+        assert "rank 2 gives no sign of life; rank" in text and "in step 4" in text
+
+
+def frozen_first(rank: int) -> str:
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    with pytest.raises(RuntimeError) as caught:
+        train(model, optimizer, range(1))
+    return str(caught.value)
+
+
+def test_a_frozen_rank_that_holds_the_store():
+    _, *told = run_ranks(3, frozen_first, lost=[0], peer_timeout_s=TIMEOUT_S)
+    for text in told:
+        assert "the store by which the ranks found each other does not answer (rank 0, or" in text
+
+
+def computes(rank: int, folder: str) -> tuple[float, str]:
+    """Rank 0 computes while rank 1 finds rank 2 dead: what it is told meanwhile, and when."""
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("shardadam").addHandler(handler)
+    mark = Path(folder, "lost")
+    if rank == LOST:
+        mark.write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 0:
+        time.sleep(4.0)  # the longest of a forward pass
+        return records[0].created - float(mark.read_text()), records[0].getMessage()
+    with pytest.raises(RuntimeError):
+        train(model, optimizer, range(1))
+    return 0.0, ""
+
+
+def test_a_rank_that_computes_is_told_by_the_log(tmp_path):
+    (seconds, text), *_ = run_ranks(3, computes, str(tmp_path), lost=[LOST])
+    assert seconds < WITHIN_S
+    assert text.startswith(
+        "rank 0 of 3: a rank has died, or waited for another in vain. rank 2 gives"
+    )
+    assert "rank 0 is after step 1, at test_failures.py" in text and "time.sleep(4.0)" in text
+
+
+def ends(rank: int, error: Exception | None) -> str:
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    if rank == LOST:
+        if error is not None:
+            sys.last_value = error  # as the interpreter sets it, which then runs what follows
+        atexit._run_exitfuncs()
+        os._exit(1)
+    with pytest.raises(RuntimeError) as caught:
+        train(model, optimizer, range(1))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("error", [None, ValueError("the data set is empty")])
+def test_a_rank_that_ends_has_said_why(error):
+    why = "" if error is None else ": ValueError: the data set is empty"
+    for text in run_ranks(3, ends, error, lost=[LOST])[:2]:
+        assert f": rank 2 has ended{why}; rank" in text
+
+
+def late(rank: int) -> str:
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    if rank == LOST:
+        dist.recv(next(model.parameters()).data, src=0)  # of which the others know nothing
+    with pytest.raises(RuntimeError) as caught:
+        train(model, optimizer, range(1))
+    return str(caught.value)
+
+
+def test_a_rank_that_waits_elsewhere_is_shown_with_its_line():
+    for text in run_ranks(3, late, lost=[LOST], peer_timeout_s=TIMEOUT_S)[:2]:
+        assert "no sign of life" not in text
+        assert re.search(r"rank 2 is after step 1, at test_failures.py:\d+: dist.recv\(next", text)
+
+
+def skewed(rank: int) -> str:
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    if rank == 1:
+        optimizer._communicator.start_union([True])
+    with pytest.raises(RuntimeError) as caught:
+        train(model, optimizer, range(1))
+    return str(caught.value)
+
+
+def test_an_exchange_that_others_have_not_begun():
+    for text in run_ranks(3, skewed, lost=[LOST])[:2]:  # nobody waits for an end in order
+        assert "ranks have come to step() after different numbers of exchanges" in text
+
+
+def dumps(rank: int, folder: str) -> None:
+    os.environ["SHARDADAM_FLIGHT_DIR"] = folder
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters())
+    train(model, optimizer, range(2))
+    if rank == LOST:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(RuntimeError):
+        train(model, optimizer, range(1))
+
+
+def test_the_flight_record_of_every_survivor_is_kept(tmp_path):
+    run_ranks(3, dumps, str(tmp_path), lost=[LOST])
+    records = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("flight-*.json"))]
+    assert len(records) == 2
+    for record in records:
+        assert "rank 2 gives no sign of life" in record["error"]
+        *done, last = record["exchanges"]
+        assert "in step 3 (meet): agreeing on what comes next" in last and "goes on" in last
+        assert any("in step 2 (reduce): reduce-scattering gradients" in line for line in done)
+        assert record["torch"] is not None
