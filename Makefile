@@ -26,7 +26,7 @@ CORES = $(shell { lscpu -p=Core,Socket | grep '^[0-9]' | sort -u | wc -l; nproc;
 	sysctl -n hw.physicalcpu; } 2>/dev/null | sort -n | awk '$$1 > 0 { print $$1; exit }')
 THREADS = $(shell echo $$(($(CORES) > $(RANKS) ? $(CORES) / $(RANKS) : 1)))
 
-.PHONY: help setup demo test check bench quality bench-parts docs format clean
+.PHONY: help setup demo test faults check bench quality bench-parts docs format clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets (the default)
@@ -59,6 +59,9 @@ demo: $(READY) ## train a small GPT on RANKS=2 ranks, with MEMORY=full, lean or 
 
 test: $(READY) ## run the tests; ARGS go to pytest
 	$(BIN)/pytest $(ARGS)
+
+faults: $(READY) ## make everything go wrong, often, for half an hour, and print a table
+	SHARDADAM_TEST_ALL_WORLDS=1 $(BIN)/pytest -m fault --full $(ARGS)
 
 check: $(READY) ## lint, formatting, types, and files under 400 lines
 	$(BIN)/ruff check .

@@ -9,6 +9,8 @@ import torch._dynamo  # a second, which otherwise the first optimizer of every f
 from shardadam.kernels import backend_for, cpu
 from shimmed_cuda import shimmed_cuda
 
+pytest_plugins = ["fault_table"]
+
 torch.set_num_threads(1)
 
 BEST_ISA = getattr(backend_for(torch.device("cpu")), "isa", None)

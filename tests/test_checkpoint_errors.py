@@ -87,6 +87,7 @@ def faults(rank: int, folder: str) -> dict:
 
 
 @pytest.mark.filterwarnings("ignore:gradients are equal")
+@pytest.mark.fault("a file limit, an I/O error on one rank in a save", "an error on every rank")
 def test_one_ranks_failure_is_everybodys(tmp_path):
     first, second = run_ranks(2, faults, str(tmp_path))
     assert len(first) == 2 * (2 * len(FAULTS) - 1)
@@ -113,6 +114,7 @@ def test_a_file_over_the_limit(tmp_path):
     assert first.startswith(f"{errno.EFBIG} [Errno {errno.EFBIG}] rank 1 of 2: File too large")
 
 
+@pytest.mark.fault("a disk that is full in a save", "an error on every rank")
 def test_a_full_disk(tmp_path):
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)],
@@ -146,6 +148,7 @@ def dies(rank: int, folder: str) -> None:
     raise AssertionError("this rank was right")
 
 
+@pytest.mark.fault("kill in a save", "an error, the last one whole")
 def test_a_rank_that_dies_while_saving(tmp_path):
     with pytest.raises(AssertionError, match="this rank was right"):
         run_ranks(2, dies, str(tmp_path))
@@ -227,6 +230,7 @@ def save_often(folder: str, value: float, count: int) -> None:
         checkpoint.save(folder, step=3, extras={"value": torch.full((5000,), value)}, keep=1)
 
 
+@pytest.mark.fault("two runs save into one folder", "an error, or one of them")
 def test_runs_that_save_at_once_never_mix(tmp_path):
     context = multiprocessing.get_context("fork")
     runs = [

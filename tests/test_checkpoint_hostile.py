@@ -38,6 +38,9 @@ def save_two(rank: int, folder: str) -> None:
 @pytest.mark.filterwarnings("ignore:gradients are equal")
 @pytest.mark.filterwarnings("ignore:.*is not whole, skipped")
 @pytest.mark.filterwarnings("ignore:.*has no random state")
+@pytest.mark.fault(
+    "bit rot in a checkpoint, shards of two runs swapped", "an error that names the file"
+)
 def test_every_flipped_bit_is_found(tmp_path):
     run_ranks(2, save_two, str(tmp_path))
     chance = random.Random(0)
@@ -84,6 +87,7 @@ def saves_until_killed(folder: str, first: int, written: int) -> None:
         os.write(written, number.to_bytes(8, "little"))
 
 
+@pytest.mark.fault("killed in a save, moment {seed}", "the newest is whole")
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_any_moment_the_newest_is_whole(seed, tmp_path):
     chance = random.Random(seed)
@@ -240,6 +244,7 @@ def fuzz_in_child(rank: int, *args) -> dict:
     return fuzzed(*args)
 
 
+@pytest.mark.fault("hostile manifests: mutants of {saved} for {here}", "an error")
 @pytest.mark.parametrize("saved", ["fp32", "q16"])
 @pytest.mark.parametrize("here", ["fp32", "q8"])
 def test_ten_thousand_mutants(saved, here, tmp_path):

@@ -90,6 +90,7 @@ def written(tmp_path_factory):
     return folders
 
 
+@pytest.mark.fault("{world_size} ranks load what others saved by torch", "the same bits")
 @pytest.mark.parametrize("world_size", READERS)
 def test_any_world_size_reads_any(written, world_size):
     run_ranks(world_size, read_all, written)

@@ -50,16 +50,21 @@ def undisturbed(tmp_path_factory):
     return digest
 
 
-def test_killed_ranks_are_started_again_and_end_with_the_same_bits(undisturbed, tmp_path):
-    """Five restarts on end: of 32 with torch's own store, 22 failed."""
-    deaths = [(0, 1, 5), (1, 0, 4), (2, 1, 9), (3, 0, 12), (4, 1, 13)]
+@pytest.mark.timeout(600)
+@pytest.mark.fault("killed, restarted by torchrun over gloo, 5 or 20 times on end", "the same bits")
+def test_killed_ranks_are_started_again_and_end_with_the_same_bits(undisturbed, tmp_path, times):
+    """Of 32 restarts with torch's own store, 22 failed."""
+    early = [(attempt, attempt % 2, 5 + attempt % 3) for attempt in range(times(0, 15))]
+    late = [(0, 1, 5), (1, 0, 4), (2, 1, 9), (3, 0, 12), (4, 1, 13)]
+    deaths = early + [(len(early) + attempt, rank, step) for attempt, rank, step in late]
     disturbed = " ".join(f"{a}:{rank}:{step}:SIGKILL" for a, rank, step in deaths)
-    finish(start(tmp_path / "run", restarts=5, disturbed=disturbed))
+    finish(start(tmp_path / "run", restarts=len(deaths), disturbed=disturbed))
     digest, started, attempt, losses = result(tmp_path / "run")
     assert digest == undisturbed
-    assert (started, attempt, losses) == (12, 5, STEPS)
+    assert (started, attempt, losses) == (12, len(deaths), STEPS)
 
 
+@pytest.mark.fault("preempted by {name}, with grace", "saved, then the same bits")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_rank_that_is_asked_to_end_has_all_save_the_same_step(name, undisturbed, tmp_path):
     folder = tmp_path / "run"
@@ -87,6 +92,7 @@ def test_a_launcher_that_is_asked_to_end_passes_it_on(tmp_path):
     assert result(folder)[1] == step
 
 
+@pytest.mark.fault("preempted, and back on 3 ranks, then 1", "the same batches")
 def test_other_numbers_of_ranks_go_on_with_the_same_batches(tmp_path):
     folder = tmp_path / "run"
     finish(start(folder, ranks=2, disturbed="0:0:5:SIGTERM"))
@@ -95,13 +101,19 @@ def test_other_numbers_of_ranks_go_on_with_the_same_batches(tmp_path):
     assert result(folder)[1:] == (10, 0, STEPS)
 
 
-def test_kills_at_random_moments(undisturbed, tmp_path):
+@pytest.mark.timeout(1800)
+@pytest.mark.fault("kill -9 at random moments, 3 or 50 times, with restarts", "the same bits")
+def test_kills_at_random_moments(undisturbed, tmp_path, times):
     """From outside, also in the middle of a save; the launcher starts the ranks again."""
-    rng = random.Random(0)
-    folder = tmp_path / "run"
+    for run in range(times(1, 10)):
+        killed(tmp_path / str(run), random.Random(run), kills=times(3, 5))
+        assert result(tmp_path / str(run))[0] == undisturbed
+
+
+def killed(folder: Path, rng: random.Random, kills: int) -> None:
     process = start(folder, restarts=20)
     time.sleep(4)
-    for _ in range(3):
+    for _ in range(kills):
         time.sleep(rng.uniform(0.0, 3.0))
         children = subprocess.run(
             ["pgrep", "-P", str(process.pid), "-f", SCRIPT.name], capture_output=True, text=True
@@ -109,7 +121,6 @@ def test_kills_at_random_moments(undisturbed, tmp_path):
         if children:
             os.kill(int(rng.choice(children)), signal.SIGKILL)
     finish(process)
-    assert result(folder)[0] == undisturbed
 
 
 def batches_of(rank: int) -> list[list[int]]:

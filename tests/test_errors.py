@@ -156,6 +156,7 @@ def fails(rank: int, function, *args) -> str:
     return str(caught.value)
 
 
+@pytest.mark.fault("layout skew: {difference}, W = {world_size}", "an error on every rank")
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("difference", CONSTRUCTION)
 def test_layouts_that_differ_between_ranks(difference, world_size):
@@ -218,6 +219,7 @@ STEP = {
 }
 
 
+@pytest.mark.fault("in a step: {fault}, W = {world_size}", "an error on every rank")
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("fault", STEP)
 def test_a_fault_on_one_rank_is_an_error_on_all(fault, world_size):
@@ -238,6 +240,7 @@ def sparse_in_backward(rank: int) -> None:
         assert all(not entry["step"] for entry in optimizer.state_dict()["state"].values())
 
 
+@pytest.mark.fault("a sparse gradient on one rank, W = {world_size}", "an error on every rank")
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_sparse_gradient_on_one_rank_while_others_reduce(world_size):
     for message in run_ranks(world_size, fails, sparse_in_backward, timeout_s=15):

@@ -5,12 +5,14 @@ import json
 import logging
 import os
 import re
+import resource
 import signal
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import shardadam
@@ -84,17 +86,20 @@ def lose(rank: int, place: str, number: int, folder: str) -> tuple[float, str]:
     return time.time() - float(mark.read_text()), str(caught.value)
 
 
+@pytest.mark.fault("kill -9 {place}", "an error that names it, 2 s")
 @pytest.mark.parametrize("place", PLACES)
-def test_a_dead_rank_is_named_within_two_seconds(place, tmp_path):
+def test_a_dead_rank_is_named_within_two_seconds(place, tmp_path, record_property):
     doing, where = PLACES[place]
     *told, _ = run_ranks(3, lose, place, signal.SIGKILL, str(tmp_path), lost=[LOST])
+    record_property("seconds", max(seconds for seconds, _ in told))
     for rank, (seconds, text) in enumerate(told):
         assert seconds < WITHIN_S, text
         assert re.match(rf"rank {rank} of 3 failed while ({doing}).* over gloo, ({where}): ", text)
         assert "rank 2 gives no sign of life; rank" in text
 
 
-def test_a_frozen_rank_is_named_within_the_timeout(tmp_path):
+@pytest.mark.fault("SIGSTOP of one rank", "an error that names it, timeout + 5 s")
+def test_a_frozen_rank_is_named_within_the_timeout(tmp_path, record_property):
     *told, _ = run_ranks(
         3,
         lose,
@@ -104,6 +109,7 @@ def test_a_frozen_rank_is_named_within_the_timeout(tmp_path):
         lost=[LOST],
         peer_timeout_s=TIMEOUT_S,
     )
+    record_property("seconds", max(seconds for seconds, _ in told))
     for seconds, text in told:
         assert seconds < TIMEOUT_S + 5, text
         assert "rank 2 gives no sign of life; rank" in text and "in step 4" in text
@@ -120,6 +126,7 @@ def frozen_first(rank: int) -> str:
     return str(caught.value)
 
 
+@pytest.mark.fault("SIGSTOP of rank 0, which holds the store", "an error that says so")
 def test_a_frozen_rank_that_holds_the_store():
     _, *told = run_ranks(3, frozen_first, lost=[0], peer_timeout_s=TIMEOUT_S)
     for text in told:
@@ -147,6 +154,7 @@ def computes(rank: int, folder: str) -> tuple[float, str]:
     return 0.0, ""
 
 
+@pytest.mark.fault("kill -9 while another rank computes", "told in its log, 2 s")
 def test_a_rank_that_computes_is_told_by_the_log(tmp_path):
     (seconds, text), *_ = run_ranks(3, computes, str(tmp_path), lost=[LOST])
     assert seconds < WITHIN_S
@@ -156,20 +164,26 @@ def test_a_rank_that_computes_is_told_by_the_log(tmp_path):
     assert "rank 0 is after step 1, at test_failures.py" in text and "time.sleep(4.0)" in text
 
 
+def leave(error: Exception | None) -> None:
+    """End as the interpreter does."""
+    if error is not None:
+        sys.last_value = error
+    atexit._run_exitfuncs()
+    os._exit(1)
+
+
 def ends(rank: int, error: Exception | None) -> str:
     model = mlp()
     optimizer = shardadam.AdamW(model.parameters())
     train(model, optimizer, range(1))
     if rank == LOST:
-        if error is not None:
-            sys.last_value = error  # as the interpreter sets it, which then runs what follows
-        atexit._run_exitfuncs()
-        os._exit(1)
+        leave(error)
     with pytest.raises(RuntimeError) as caught:
         train(model, optimizer, range(1))
     return str(caught.value)
 
 
+@pytest.mark.fault("a rank leaves early: {error}", "an error that says why")
 @pytest.mark.parametrize("error", [None, ValueError("the data set is empty")])
 def test_a_rank_that_ends_has_said_why(error):
     why = "" if error is None else ": ValueError: the data set is empty"
@@ -188,6 +202,7 @@ def late(rank: int) -> str:
     return str(caught.value)
 
 
+@pytest.mark.fault("call skew: another collective", "an error with its line")
 def test_a_rank_that_waits_elsewhere_is_shown_with_its_line():
     for text in run_ranks(3, late, lost=[LOST], peer_timeout_s=TIMEOUT_S)[:2]:
         assert "no sign of life" not in text
@@ -205,6 +220,7 @@ def skewed(rank: int) -> str:
     return str(caught.value)
 
 
+@pytest.mark.fault("call skew: one exchange more", "an error on every rank")
 def test_an_exchange_that_others_have_not_begun():
     for text in run_ranks(3, skewed, lost=[LOST])[:2]:  # nobody waits for an end in order
         assert "ranks have come to step() after different numbers of exchanges" in text
@@ -231,3 +247,71 @@ def test_the_flight_record_of_every_survivor_is_kept(tmp_path):
         assert "in step 3 (meet): agreeing on what comes next" in last and "goes on" in last
         assert any("in step 2 (reduce): reduce-scattering gradients" in line for line in done)
         assert record["torch"] is not None
+
+
+def raises(rank: int, place: str) -> str:
+    """Rank 2's program ends by an exception."""
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters(), shard_grads=place == "a hook")
+    train(model, optimizer, range(1))
+    optimizer.zero_grad()
+
+    def fail(*_: object) -> None:
+        raise ValueError(f"in {place}")
+
+    try:
+        if rank == LOST and place == "backward":
+            output = model[0](torch.zeros(16, 30))
+            output.register_hook(fail)
+            output.sum().backward()
+        if rank == LOST and place == "a hook":
+            model[4].weight.register_hook(fail)
+        if place == "the closure":
+            optimizer.step(fail if rank == LOST else lambda: loss_of(model, 1).backward())
+        else:
+            loss_of(model, 1).backward()
+            optimizer.step()
+    except ValueError as error:
+        leave(error)
+    except RuntimeError as error:
+        return str(error)
+    raise AssertionError("no error")
+
+
+@pytest.mark.fault("an exception in {place} of one rank", "an error that says which")
+@pytest.mark.parametrize("place", ["backward", "a hook", "the closure"])
+def test_an_exception_of_one_rank_is_told_by_all(place):
+    for text in run_ranks(3, raises, place, lost=[LOST])[:2]:
+        assert f": rank 2 has ended: ValueError: in {place}; rank" in text
+
+
+def starves(rank: int, when: str) -> str:
+    """Rank 2 has no more memory than for threads and exchanges."""
+    model = torch.nn.Linear(4096, 8192)
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if when == "at a step":
+        optimizer = shardadam.AdamW(model.parameters())
+    if rank == LOST:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + 100 * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        if when == "at construction":
+            optimizer = shardadam.AdamW(model.parameters())
+        model(torch.ones(1, 4096)).sum().backward()
+        optimizer.step()
+    except (RuntimeError, MemoryError, OSError) as error:
+        if rank == LOST:
+            resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+            leave(error)
+        return str(error)
+    raise AssertionError("no error")
+
+
+@pytest.mark.fault("out of memory on one rank {when}", "an error on every rank")
+@pytest.mark.parametrize("when", ["at construction", "at a step"])
+def test_a_rank_without_memory(when):
+    for text in run_ranks(3, starves, when, lost=[LOST])[:2]:
+        assert re.search(
+            r"rank 2.*(can't allocate memory|Cannot allocate memory|MemoryError)", text
+        )

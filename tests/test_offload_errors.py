@@ -118,6 +118,7 @@ def test_ranks_offload_alike_but_for_the_directory(tmp_path):
     run_ranks(2, differs, tmp_path)
 
 
+@pytest.mark.fault("offload: a disk that is full", "an error on every rank")
 def test_a_full_disk(tmp_path):
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)],
@@ -175,6 +176,7 @@ def breaks(rank: int, folder: Path, fault: str, overlapped: bool, culprit: int) 
     return found
 
 
+@pytest.mark.fault("offload in a step: {fault}", "an error on every rank")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_disk_that_fails_in_a_step(fault, tmp_path, monkeypatch):
     monkeypatch.setattr(slots, "SLOT_BYTES", 20_000)
