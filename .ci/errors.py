@@ -65,11 +65,13 @@ def text_of(node: ast.AST) -> str:
 
 def rows() -> Iterator[tuple[list[str], str]]:
     """The phrases of each line of operations.md, and what to do."""
+    before = ""
     for line in (ROOT / "docs" / "operations.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         phrases = re.findall(r"`([^`]+)`", cells[0])
         if line.startswith("| ") and phrases:
-            yield phrases, cells[2]
+            before = cells[2].replace("likewise", before)
+            yield phrases, before
 
 
 def todo(kind: str, text: str, advice: list[tuple[list[str], str]]) -> str:

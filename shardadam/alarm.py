@@ -57,7 +57,11 @@ class Alarm:
             inner = _innermost(store)
             if not (isinstance(inner, dist.TCPStore) and hasattr(store, "clone")):  # type: ignore[attr-defined]
                 return None
-            cls._of_world[world] = cls(store, dist.get_rank(), dist.get_world_size())
+            try:
+                cls._of_world[world] = cls(store, dist.get_rank(), dist.get_world_size())
+            except (OSError, RuntimeError) as error:  # no socket or thread to be had
+                _log.warning("rank %d will not know which rank failed: %s", dist.get_rank(), error)
+                return None
         return cls._of_world[world]
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
@@ -68,14 +72,15 @@ class Alarm:
         self._holds_store = "server=<nullptr>" not in repr(_innermost(store))
         self._asks = self._answered = False
         self._closed = ""
+        self._answers: dict[int, dict[str, str]] | None = None
         inner = _innermost(store)
         self._lifeline = Lifeline(own_address(inner.host, inner.port))
-        self._threads = [
+        self._listener, self._watcher = (
             threading.Thread(target=target, args=(store.clone(),), daemon=True)
             for target in (self._listen, self._watch)
-        ]
-        for thread in self._threads:
-            thread.start()
+        )
+        self._listener.start()
+        self._watcher.start()
         atexit.register(self._leave, os.getpid())
 
     def ask(self, ranks: Sequence[int]) -> str:
@@ -83,43 +88,47 @@ class Alarm:
 
         Takes little more than a second, whatever has become of them.
         """
+        if self._answers is None and not self._closed:
+            self._asks = True
+            # In a thread: a store whose process is frozen is waited for without a bound.
+            threading.Thread(target=self._ask, daemon=True).start()
+            self._listener.join(2 * _ANSWERS_WITHIN_S)
         if self._closed:
             return self._closed
-        self._asks = True
-        answers: dict[int, dict[str, str]] | None = None
+        return _STORE_LOST if self._answers is None else _tell(ranks, self._answers)
 
-        def ask() -> None:
-            nonlocal answers
-            try:
-                store = self._store.clone()
-                self._wake(store)
-                answers = self._collect(store, ranks)
-            except (RuntimeError, dist.DistError):
-                pass  # the store is gone
-
-        # In a thread: a store whose process is frozen is waited for without a bound.
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(2 * _ANSWERS_WITHIN_S)
-        return _STORE_LOST if answers is None else _tell(ranks, answers)
+    def _ask(self) -> None:
+        try:
+            self._wake(self._store.clone())
+        except (RuntimeError, dist.DistError):
+            pass  # the store is gone
 
     def _wake(self, store: Any) -> None:
         if store.add(f"{self._prefix}/asked", 1) == 1:
-            for rank in range(self._world_size):
-                store.set(self._key("wake", rank), _ASKED)
+            self._tell_all(store, _ASKED)
 
-    def _collect(self, store: Any, ranks: Sequence[int]) -> dict[int, dict[str, str]]:
-        left, deadline = set(ranks), time.monotonic() + _ANSWERS_WITHIN_S
-        answers = {}
-        while left:
-            for rank in sorted(left):
-                if store.check([self._key("answer", rank)]):
-                    answers[rank] = json.loads(store.get(self._key("answer", rank)))
-            left -= set(answers)
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.02)
-        return answers
+    def _tell_all(self, store: Any, word: str) -> None:
+        keys = [self._key("wake", rank) for rank in range(self._world_size)]
+        store.multi_set(keys, [word] * len(keys))
+
+    def _answer(self, store: Any, answer: Mapping[str, str]) -> None:
+        """One key holds all answers, so that each rank reads them in one piece."""
+        store.append(f"{self._prefix}/answers", json.dumps([self._rank, answer]) + "\n")
+
+    def _collect(self, store: Any) -> dict[int, dict[str, str]]:
+        deadline = time.monotonic() + _ANSWERS_WITHIN_S
+        key, answers = f"{self._prefix}/answers", dict[int, dict[str, str]]()
+        while True:
+            if store.check([key]):
+                answers = dict(map(json.loads, store.get(key).splitlines()))
+            left = deadline - time.monotonic()
+            if left <= 0 or len(answers) == self._world_size:
+                silent = set(range(self._world_size)) - answers.keys()
+                # Who has no optimizer of ours has no alarm either.
+                strangers = [r for r in silent if not store.check([self._key("address", r)])]
+                return answers | dict.fromkeys(strangers, {})
+            # All ranks read: the more there are, the less often each.
+            time.sleep(min(left, 0.02 + 0.001 * self._world_size))
 
     def _watch(self, store: Any) -> None:
         """Until the next rank dies, whose end wakes all, or this process ends."""
@@ -155,9 +164,8 @@ class Alarm:
                 self._closed = woken
                 return
             self._answered = True
-            store.set(self._key("answer", self._rank), json.dumps({"alive": whereabouts()}))
-            everybody = range(self._world_size)
-            answers = self._collect(store, everybody)
+            self._answer(store, {"alive": whereabouts()})
+            self._answers = self._collect(store)
         except (RuntimeError, dist.DistError):
             return  # the store is gone; whoever needs it says so
         if not self._asks:
@@ -165,7 +173,7 @@ class Alarm:
                 "rank %d of %d: a rank has died, or waited for another in vain. %s",
                 self._rank,
                 self._world_size,
-                _tell(everybody, answers),
+                _tell(range(self._world_size), self._answers),
             )
 
     def _leave(self, process: int) -> None:
@@ -176,7 +184,7 @@ class Alarm:
         if os.getpid() != process:
             return
         self._lifeline.end()
-        if self._answered or not self._threads[0].is_alive():
+        if self._answered or not self._listener.is_alive():
             return
         error = getattr(sys, "last_value", None)
         ended = "" if error is None else f": {type(error).__name__}: {error}"
@@ -185,13 +193,15 @@ class Alarm:
             "held the store by which the ranks found each other"
         )
         try:
-            self._store.set(self._key("answer", self._rank), json.dumps({"ended": ended}))
-            for rank in range(self._world_size) if self._holds_store else [self._rank]:
-                self._store.set(self._key("wake", rank), closed)
+            self._answer(self._store, {"ended": ended})
+            if self._holds_store:
+                self._tell_all(self._store, closed)
+            else:
+                self._store.set(self._key("wake", self._rank), closed)
         except (RuntimeError, dist.DistError):
             pass  # the store is gone
-        for thread in self._threads:
-            thread.join(1.0)
+        self._listener.join(1.0)
+        self._watcher.join(1.0)
 
     def _key(self, what: str, rank: int) -> str:
         return f"{self._prefix}/{what}/{rank}"

@@ -63,8 +63,21 @@ def arm(optimizer: shardadam.AdamW, place: str, model, act) -> None:
         )
 
 
+def logged() -> list[logging.LogRecord]:
+    """What is logged from now on."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("shardadam").addHandler(handler)
+    return records
+
+
 def lose(rank: int, place: str, number: int, folder: str) -> tuple[float, str]:
-    """Seconds from the loss to the error, and its text."""
+    """Seconds from the loss until this rank is told, and the text of its error.
+
+    It is told by the error, or before by the log: a rank may wait for one that has failed as well.
+    """
+    records = logged()
     model = mlp()
     optimizer = shardadam.AdamW(model.parameters(), shard_grads=place == "backward")
     train(model, optimizer, range(3))
@@ -83,7 +96,8 @@ def lose(rank: int, place: str, number: int, folder: str) -> tuple[float, str]:
             checkpoint.save(folder, step=3, optimizer=optimizer, model=model)
         for _ in range(2):  # who has what it needs is not held up, and learns of it in the next
             optimizer.step()
-    return time.time() - float(mark.read_text()), str(caught.value)
+    named = [record.created for record in records if "no sign of life" in record.getMessage()]
+    return min([time.time(), *named]) - float(mark.read_text()), str(caught.value)
 
 
 @pytest.mark.fault("kill -9 {place}", "an error that names it, 2 s")
@@ -138,11 +152,7 @@ def computes(rank: int, folder: str) -> tuple[float, str]:
     model = mlp()
     optimizer = shardadam.AdamW(model.parameters())
     train(model, optimizer, range(1))
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append
-    logging.getLogger("shardadam").addHandler(handler)
-    mark = Path(folder, "lost")
+    records, mark = logged(), Path(folder, "lost")
     if rank == LOST:
         mark.write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
