@@ -62,6 +62,11 @@ _ARGUMENTS = """
             communication, and of the memory in transit.
         seed: of the random bits of stochastic rounding, which depend on it, the step and the place
             of an element, and on nothing else: not on the world size, nor on torch's generators.
+        check_replicas_every: compare a digest of the params over the ranks before every so many
+            steps. A difference is an error on every rank, see docs/corruption.md.
+        check_state: keep a digest of this rank's params and state after each update, and see before
+            the next that no bit has changed which nobody wrote. Writes by operations of torch are
+            seen, but those through ``.data``. Takes time in every step, see docs/corruption.md.
 
     Raises:
         ValueError: a hyperparameter out of range, in torch's words; params that can't be optimized,
@@ -107,6 +112,8 @@ class Adam(_AdamRule, torch.optim.Adam):
         offload: Offload | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         seed: int = 0,
+        check_replicas_every: int | None = None,
+        check_state: bool = False,
     ) -> None:
         options = Options(
             process_group,
@@ -118,6 +125,8 @@ class Adam(_AdamRule, torch.optim.Adam):
             offload,
             bucket_bytes,
             seed,
+            check_replicas_every,
+            check_state,
         )
         super().__init__(
             params,
@@ -165,6 +174,8 @@ class AdamW(_AdamRule, torch.optim.AdamW):
         offload: Offload | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         seed: int = 0,
+        check_replicas_every: int | None = None,
+        check_state: bool = False,
     ) -> None:
         options = Options(
             process_group,
@@ -176,6 +187,8 @@ class AdamW(_AdamRule, torch.optim.AdamW):
             offload,
             bucket_bytes,
             seed,
+            check_replicas_every,
+            check_state,
         )
         super().__init__(
             params,
@@ -223,6 +236,8 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
         offload: Offload | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         seed: int = 0,
+        check_replicas_every: int | None = None,
+        check_state: bool = False,
     ) -> None:
         options = Options(
             process_group,
@@ -234,6 +249,8 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
             offload,
             bucket_bytes,
             seed,
+            check_replicas_every,
+            check_state,
         )
         super().__init__(
             params,

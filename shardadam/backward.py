@@ -28,10 +28,12 @@ class EarlyUpdate(NamedTuple):
     """The optimizer's methods, where it updates in backward.
 
     ``check`` raises what is wrong before the first update, and returns what must be equal on every
-    rank, a line each; ``update`` updates buckets that have been reduced; ``settle`` ends a pass.
+    rank: lines, and a word that ``compare`` gets from all of them; ``update`` updates buckets that
+    have been reduced; ``settle`` ends a pass.
     """
 
     check: weakref.WeakMethod[Any]
+    compare: weakref.WeakMethod[Any]
     update: weakref.WeakMethod[Any]
     settle: weakref.WeakMethod[Any]
 
@@ -166,28 +168,34 @@ class Backward:
         params = [grads.bucket.params for grads in self._reducer.grads]
         self._arrived = [0] * len(params)
         self._expected = [sum(param.requires_grad for param in bucket) for bucket in params]
-        error, lines = None, []
+        error: Exception | None = None
+        lines: list[str] = []
+        replicas = 0
         try:
-            lines = self._check_early()
+            lines, replicas = self._check_early()
         except (ValueError, RuntimeError) as caught:
             error = caught
-        words = {"hyperparameters": digest("\n".join(lines))}
+        words = {"hyperparameters": digest("\n".join(lines)), "replicas": replicas}
         seen = meet(self._communicator, Point.BACKWARD, words, error)
         if not seen["hyperparameters"].agreed:
             raise difference(self._communicator, lines)
+        compare = self.early and self.early.compare()
+        if compare is not None:
+            compare(seen["replicas"])
         self._reducer.land()
 
-    def _check_early(self) -> list[str]:
+    def _check_early(self) -> tuple[list[str], int]:
         """Raise before a pass updates anything what is wrong; what ranks must agree on."""
         check = self.early and self.early.check()
         if check is None:
-            return []
+            return [], 0
         if self._reducer.updated:
             raise RuntimeError(
                 "a second backward pass, and update_in_backward=True has updated the params in the "
                 "first: expected step() after each, or the earlier ones under no_sync()"
             )
-        return list(check())
+        lines, replicas = check()
+        return lines, replicas
 
     def _send(self) -> None:
         grads = self._reducer.grads[self._sent]

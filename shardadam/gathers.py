@@ -1,6 +1,6 @@
 """Updated params on their way to every rank, and who waits for them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -11,10 +11,13 @@ from shardadam.exchange import Exchange
 
 
 class Gathers:
-    """The all-gathers under way. A rank may wait when it likes: all have been entered by all."""
+    """The all-gathers under way. A rank may wait when it likes: all have been entered by all.
 
-    def __init__(self, communicator: Communicator) -> None:
-        self._communicator = communicator
+    ``whole`` is told of every bucket whose params are.
+    """
+
+    def __init__(self, communicator: Communicator, whole: Callable[[FlatBucket], None]) -> None:
+        self._communicator, self._whole = communicator, whole
         self._under_way: dict[FlatBucket, tuple[Exchange, list[Tensor]]] = {}
 
     @property
@@ -36,6 +39,7 @@ class Gathers:
                 # changed. Not before the wait: so it also finds who has read a param too early.
                 torch.autograd.graph.increment_version(updated)
                 del self._under_way[bucket]
+                self._whole(bucket)
 
     def wait_for_all(self) -> None:
         """Until all params are whole."""

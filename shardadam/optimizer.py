@@ -76,9 +76,12 @@ class ShardedOptimizer(ShardedParams):
         """Check this rank and meet the others: nothing below fails for a reason foreseen here."""
         error: Exception | None = None
         late: list[Candidate] = []
+        replicas = 0
         try:
             self._check_usable()
             self.synchronize()
+            if point is Point.STEP and not self._reducer.updated:
+                replicas = self._check_memory()
             self._take_edits()
             self._check_grads()
             self._reserve_maxima()
@@ -99,11 +102,13 @@ class ShardedOptimizer(ShardedParams):
             "unreduced": self._reducer.unreduced(),
             "scaled": amp.in_use(self),
             "gradients": self._reducer.fingerprint(),
+            "replicas": replicas,
         }
         seen = meet(self._communicator, point, words, error)
         if not seen["hyperparameters"].agreed:
             raise difference(self._communicator, settings)
         self._edited.clear()
+        self._replica_check.compare(seen["replicas"])
         if seen["late"].high:
             self._place()
             return self._meet(point, asked)
@@ -162,15 +167,23 @@ class ShardedOptimizer(ShardedParams):
             self._steps.commit([update.steps for update in updates], factor, skip)
             for update in self._updater.run(updates, skip):
                 self._gathers.start(update.grads.bucket, update.grads.updated_params())
+                self._state_check.record(update.grads.bucket, self._shown.views)
         for update in updates:
             update.release()
 
-    def _check_early(self) -> list[str]:
+    def _check_early(self) -> tuple[list[str], int]:
         """Raise what `step()` would, before a backward pass updates; what ranks must agree on."""
         self._check_usable()
+        self.synchronize()
+        replicas = self._check_memory()
         self._take_edits()
         self._reserve_maxima()
-        return placement.hyperparameters(self.param_groups, self.defaults)
+        return placement.hyperparameters(self.param_groups, self.defaults), replicas
+
+    def _check_memory(self) -> int:
+        """Raise if bits have changed that nobody wrote; what the ranks' params are, if compared."""
+        self._verify_state()
+        return self._replica_check.word(self._phases.steps + 1)
 
     @phase("gather")
     def _settle(self) -> None:

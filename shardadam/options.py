@@ -57,6 +57,8 @@ class Options:
     offload: Offload | None
     bucket_bytes: int
     seed: int
+    check_replicas_every: int | None = None
+    check_state: bool = False
 
     def __post_init__(self) -> None:
         """Raise ValueError for what can't be."""
@@ -86,6 +88,16 @@ class Options:
             raise ValueError(f"Invalid bucket_bytes: {self.bucket_bytes}, expected more than 0")
         if type(self.seed) is not int or not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"Invalid seed: {self.seed!r}, expected an int of 64 bits")
+        every = self.check_replicas_every
+        if every is not None and (type(every) is not int or every < 1):
+            raise ValueError(
+                f"Invalid check_replicas_every: {every!r}, expected a number of steps, or None"
+            )
+        if self.check_state and self.directory is not None:
+            raise ValueError(
+                "check_state=True reads all state before each step, and offload= streams it from a "
+                "file so that it need not be in memory: expected one of the two"
+            )
 
     @property
     def directory(self) -> Path | None:

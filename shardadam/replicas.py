@@ -12,16 +12,15 @@ from torch import Tensor
 
 from shardadam import dtensors
 from shardadam.agreement import digest
+from shardadam.block_sums import bits_of
 from shardadam.collectives import Communicator
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bit_sum(values: Tensor) -> int:
     """The sum of all elements' bits: another where one has changed."""
     if values.is_complex():
         values = torch.view_as_real(values)
-    return int(values.detach().view(_BITS[values.itemsize]).sum(dtype=torch.int64))
+    return int(bits_of(values).sum(dtype=torch.int64))
 
 
 class Replicas:
@@ -29,6 +28,8 @@ class Replicas:
 
     Attributes:
         counts: for each param, whether this rank's elements count in a sum over all ranks.
+        holders: for each param, which ranks have which of its elements; empty where nobody has
+            the same.
         elsewhere: those that ranks on different meshes have, and of which no gradients have been
             compared.
 
@@ -49,7 +50,7 @@ class Replicas:
         self._names, self._communicator = names, communicator
         self.counts = [True] * len(params)
         self.elsewhere: list[int] = []
-        self._holders: list[dict[tuple[int, ...], list[int]]] = []
+        self.holders: list[dict[tuple[int, ...], list[int]]] = []
         of_meshes = {param.device_mesh: param for param in self._params}  # few
         on_meshes = set(map(dtensors.ranks_of, of_meshes.values()))
         of_ranks = communicator.exchange((self._params[0].device_mesh.get_rank(), on_meshes))
@@ -74,7 +75,7 @@ class Replicas:
             for rank, of_rank in enumerate(held):
                 holders[of_rank[index][1]].append(rank)
             self._compare("the values of", index, holders, [of_rank[index][2] for of_rank in held])
-            self._holders.append(dict(holders))
+            self.holders.append(dict(holders))
             self.counts[index] = communicator.rank == holders[own[index][1]][0]
             if len(meshes) > 1:
                 self.elsewhere.append(index)
@@ -92,7 +93,7 @@ class Replicas:
         held = self._communicator.exchange(own)
         for place, index in enumerate(self.elsewhere):
             sums = [of_rank[place] for of_rank in held]
-            self._compare("the gradient of", index, self._holders[index], sums)
+            self._compare("the gradient of", index, self.holders[index], sums)
         # By what all ranks said: the next comparison is entered by every rank or by none.
         self.elsewhere = [
             index

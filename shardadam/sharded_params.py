@@ -18,8 +18,10 @@ from shardadam.gradients import GradReducer
 from shardadam.kernels import backend_for
 from shardadam.offload import place_for_state
 from shardadam.options import Options
+from shardadam.replica_check import ReplicaCheck
 from shardadam.sharded_state import ShardedState
 from shardadam.shown_state import ShownState
+from shardadam.state_check import StateCheck
 from shardadam.steps import DeviceSteps, HostSteps, Steps
 from shardadam.updates import lack_maximum
 
@@ -45,12 +47,18 @@ class ShardedParams(ShardedState):
         early = options.update_in_backward
         shard_grads = options.shard_grads or early
         self._reducer = GradReducer(self._communicator, options.grad_sync, shard_grads)
+        self._replica_check = ReplicaCheck(options.check_replicas_every, self._communicator)
         self._backward = Backward(
             self._reducer,
             self._communicator,
-            EarlyUpdate.of(self._check_early, self._update, self._settle) if early else None,
+            EarlyUpdate.of(
+                self._check_early, self._replica_check.compare, self._update, self._settle
+            )
+            if early
+            else None,
         )
-        self._gathers = Gathers(self._communicator)
+        self._state_check = StateCheck(options.check_state, self._communicator.rank)
+        self._gathers = Gathers(self._communicator, self._state_check.note_params)
         self._gate: ForwardGate | None = None
         self._buckets: list[FlatBucket] = []
         self._clipped: clipping.Clipped | None = None
@@ -84,6 +92,7 @@ class ShardedParams(ShardedState):
         self._rounds.append(candidates)
         self._buckets += placed
         self._reducer.add(placed)
+        self._replica_check.add(placed)
         self._backward.watch(list(placed))
         if self._gate is not None:
             self._gate.forget_places()
@@ -93,6 +102,7 @@ class ShardedParams(ShardedState):
             self._placed.update(map(id, bucket.params))
             self._shown.show(bucket)
             self._steps.watch(bucket)
+            self._state_check.record(bucket, self._shown.views)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.optim, on every rank alike."""
@@ -105,7 +115,7 @@ class ShardedParams(ShardedState):
                 self.param_groups.pop()
                 raise
 
-    def _check_early(self) -> list[str]:
+    def _check_early(self) -> tuple[list[str], int]:
         raise NotImplementedError
 
     def _update(self, buckets: Sequence[BucketGrads]) -> None:

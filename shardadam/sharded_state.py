@@ -16,6 +16,7 @@ from shardadam.kernels import Backend
 from shardadam.options import Options
 from shardadam.phases import Phases
 from shardadam.shown_state import ShownState
+from shardadam.state_check import StateCheck
 from shardadam.state_dict import ids_of, others, pack, plan_edits, plan_load
 from shardadam.steps import Steps
 from shardadam.storage import StateMemory
@@ -38,6 +39,7 @@ class ShardedState(torch.optim.Optimizer):
     _steps: Steps
     _broken: str | None
     _shown: ShownState
+    _state_check: StateCheck
     _phases: Phases
     grad_norm: Tensor | None
     _edited: list[str]
@@ -68,6 +70,8 @@ class ShardedState(torch.optim.Optimizer):
         if self.state is self._shown and not self._shown.notes.written:
             return
         writes, lines = plan_edits(self.state, self._shown, self._places, self._communicator)
+        if writes:
+            self._verify_state()
         for write in writes:
             write()
         edited = self._edited + lines
@@ -76,6 +80,10 @@ class ShardedState(torch.optim.Optimizer):
         else:
             self._show_others()
         self._edited = edited  # for the next meeting: they must be the same on every rank
+
+    def _verify_state(self) -> None:
+        """Raise if bits have changed that nobody wrote, where that is checked."""
+        self._state_check.verify(self._shown.views)
 
     def _show(self, state: Mapping[Any, Any]) -> None:
         """Let ``self.state`` show all buckets, beside what others keep in ``state``."""
@@ -86,6 +94,7 @@ class ShardedState(torch.optim.Optimizer):
         for bucket in self._buckets:
             self._shown.show(bucket)
             self._steps.watch(bucket)
+            self._state_check.record(bucket, self._shown.views)
         self._edited = []
 
     def _show_others(self, state: Mapping[Any, Any] | None = None) -> None:

@@ -208,6 +208,7 @@ def _begin(
             raise CheckpointError(f"keep: expected an int from 1 or None, found {keep!r}")
         if collected[0] is not None:
             check_optimizer(collected[0])
+            collected[0]._verify_state()
             collected[0]._take_edits()
         contents = collect(communicator.rank, *collected)
         if copies:
