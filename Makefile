@@ -83,7 +83,7 @@ bench: $(PEERS) ## train beside DDP, ZeRO, FSDP2 and DeepSpeed; ARGS=--quick tak
 quality: $(PEERS) ## coded moments beside fp32 and published ones; ARGS=--quick takes a minute
 	$(BIN)/python benchmarks/quality.py $(ARGS)
 
-bench-parts: $(READY) ## time the CPU kernel, small params, state on a disk, collectives, consolidation, checkpoints, checks
+bench-parts: $(READY) ## time the CPU kernel, small params, state on a disk, collectives, consolidation, checkpoints, checks, exact sums
 	$(BIN)/python benchmarks/cpu_kernel.py
 	$(BIN)/python benchmarks/small_params.py
 	$(BIN)/python benchmarks/offload.py
@@ -91,6 +91,7 @@ bench-parts: $(READY) ## time the CPU kernel, small params, state on a disk, col
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) benchmarks/consolidate.py
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) benchmarks/checkpoint.py
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) benchmarks/corruption.py
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) benchmarks/microbatches.py
 
 docs: $(READY) ## build the pages and a reference from the docstrings into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

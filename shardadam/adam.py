@@ -67,6 +67,10 @@ _ARGUMENTS = """
         check_state: keep a digest of this rank's params and state after each update, and see before
             the next that no bit has changed which nobody wrote. Writes by operations of torch are
             seen, but those through ``.data``. Takes time in every step, see docs/corruption.md.
+        exact_microbatches: the number M of microbatches of a step over all ranks, for results that
+            have the same bits at every world size, see docs/exact.md. Rank r of W has numbers r M/W
+            to (r+1) M/W, in order, and a backward pass for each; their mean is taken, so losses
+            are not divided. Takes the memory of several sets of fp32 gradients.
 
     Raises:
         ValueError: a hyperparameter out of range, in torch's words; params that can't be optimized,
@@ -114,6 +118,7 @@ class Adam(_AdamRule, torch.optim.Adam):
         seed: int = 0,
         check_replicas_every: int | None = None,
         check_state: bool = False,
+        exact_microbatches: int | None = None,
     ) -> None:
         options = Options(
             process_group,
@@ -127,6 +132,7 @@ class Adam(_AdamRule, torch.optim.Adam):
             seed,
             check_replicas_every,
             check_state,
+            exact_microbatches,
         )
         super().__init__(
             params,
@@ -176,6 +182,7 @@ class AdamW(_AdamRule, torch.optim.AdamW):
         seed: int = 0,
         check_replicas_every: int | None = None,
         check_state: bool = False,
+        exact_microbatches: int | None = None,
     ) -> None:
         options = Options(
             process_group,
@@ -189,6 +196,7 @@ class AdamW(_AdamRule, torch.optim.AdamW):
             seed,
             check_replicas_every,
             check_state,
+            exact_microbatches,
         )
         super().__init__(
             params,
@@ -238,6 +246,7 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
         seed: int = 0,
         check_replicas_every: int | None = None,
         check_state: bool = False,
+        exact_microbatches: int | None = None,
     ) -> None:
         options = Options(
             process_group,
@@ -251,6 +260,7 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
             seed,
             check_replicas_every,
             check_state,
+            exact_microbatches,
         )
         super().__init__(
             params,

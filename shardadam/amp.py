@@ -76,7 +76,7 @@ def check(optimizer: torch.optim.Optimizer, reduced: bool) -> None:
     # It adds up the flags of the devices where it saw gradients: a plain 0 if there are none.
     if isinstance(getattr(optimizer, "found_inf", None), int):
         raise RuntimeError(
-            "GradScaler found no gradients. With shard_grads=True or update_in_backward=True they "
-            "have been freed during backward: expected neither with GradScaler (or bfloat16, "
-            "without one)"
+            "GradScaler found no gradients. With shard_grads=True, update_in_backward=True or "
+            "exact_microbatches they have been freed during backward: expected neither with "
+            "GradScaler (or bfloat16, without one)"
         )

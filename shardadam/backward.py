@@ -22,6 +22,7 @@ from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
 from shardadam.exchange import Union
 from shardadam.gradients import GradReducer, not_the_same
+from shardadam.microbatches import MicrobatchReducer
 
 
 class EarlyUpdate(NamedTuple):
@@ -139,6 +140,11 @@ class Backward:
             raise ValueError(
                 "DDP's hook is for an optimizer of DDP's params, and some are DTensors: expected "
                 "these in another optimizer"
+            )
+        if isinstance(reducer, MicrobatchReducer):
+            raise ValueError(
+                "with the hook DDP reduces gradients during backward, and exact_microbatches takes "
+                "those of each rank: expected one of the two, and no DDP with the other"
             )
         if not reducer.exchanges:
             raise ValueError(

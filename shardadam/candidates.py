@@ -166,10 +166,10 @@ def _check_distributed(candidate: Candidate, options: Options) -> None:
     """Raise ValueError for a DTensor that can't be updated where it is."""
     param: Any = candidate.param
     name = f"{candidate.name} ({dtensors.describe(param)})"
-    for option in ("shard_grads", "update_in_backward"):
-        if getattr(options, option):
+    for option in ("shard_grads", "update_in_backward", "exact_microbatches"):
+        if value := getattr(options, option):
             raise ValueError(
-                f"{name}: {option}=True, but whoever made it a DTensor reduces its gradient: "
+                f"{name}: {option}={value}, but whoever made it a DTensor reduces its gradient: "
                 f"expected an optimizer without {option}"
             )
     if dtensors.is_partial(param):

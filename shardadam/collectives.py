@@ -139,20 +139,41 @@ class Communicator(Ranks):
             # 0-dim: by a Python number, torch on CUDA multiplies by its reciprocal.
             divisor = torch.full_like(mean[0], world_size)
             return self._exchange(doing, [work], lambda: mean.div_(divisor))
-        name, sends = f"received {lane}", self._others(flat)
-        if not self._point_to_point:
-            buffer, group = self.buffer(name, flat.numel(), flat.dtype), self.process_group
-            received = _shards(buffer, world_size)
-            with self._says(doing, buffer, flat, sends=sends):
-                works = [dist.all_to_all_single(buffer, flat, group=group, async_op=True)]
-        else:
-            own = shards[self.rank]  # read where it is
-            buffer = self.buffer(name, flat.numel() - own.numel(), flat.dtype)
-            theirs = _shards(buffer, world_size - 1)
-            received = (*theirs[: self.rank], own, *theirs[self.rank :])
-            with self._says(doing, *shards, *theirs, sends=sends):
-                works = self._swap(shards, received, self.process_group, self._next_tag())
+        received, works = self._start_all_to_all(doing, flat, lane)
         return self._exchange(doing, works, lambda: self._mean(received, mean))
+
+    def start_all_to_all(self, flat: Tensor, lane: int = 0) -> tuple[Sequence[Tensor], Exchange]:
+        """Begin to bring every rank's shard of ``flat`` to its owner.
+
+        ``flat`` and ``lane`` as in `start_reduce_scatter_mean`.
+
+        Returns:
+            This rank's shard of every rank's ``flat``, in their order, once the exchange has been
+            awaited; its own may be a view of it.
+        """
+        doing = "exchanging sums of microbatches"
+        if self.world_size == 1 or not flat.numel():
+            return _shards(flat, self.world_size), self._exchange(doing, [])
+        received, works = self._start_all_to_all(doing, flat, lane)
+        return received, self._exchange(doing, works)
+
+    def _start_all_to_all(
+        self, doing: str, flat: Tensor, lane: int
+    ) -> tuple[Sequence[Tensor], list[dist.Work]]:
+        shards, sends = _shards(flat, self.world_size), self._others(flat)
+        if not self._point_to_point:
+            group = self.process_group
+            buffer = self.buffer(f"received {lane}", flat.numel(), flat.dtype)
+            with self._says(doing, buffer, flat, sends=sends):
+                work = dist.all_to_all_single(buffer, flat, group=group, async_op=True)
+            return _shards(buffer, self.world_size), [work]
+        own = shards[self.rank]  # read where it is
+        buffer = self.buffer(f"received {lane}", flat.numel() - own.numel(), flat.dtype)
+        theirs = _shards(buffer, self.world_size - 1)
+        received = (*theirs[: self.rank], own, *theirs[self.rank :])
+        with self._says(doing, *shards, *theirs, sends=sends):
+            works = self._swap(shards, received, self.process_group, self._next_tag())
+        return received, works
 
     def start_all_gather(self, flat: Tensor) -> Exchange:
         """Begin to fill every rank's shard of ``flat`` from its owner; any number may be under way.

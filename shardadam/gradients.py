@@ -143,8 +143,8 @@ class GradReducer:
                 )
         return union
 
-    def misplaced(self) -> list[str]:
-        """The gradients that are distributed in another way than their DTensor params."""
+    def lines(self) -> list[str]:
+        """What ranks must agree on: gradients distributed in another way than DTensor params."""
         return [line for grads in self.grads for line in grads.misplaced()]
 
     def place(self) -> None:
@@ -186,8 +186,12 @@ class GradReducer:
 
     def versions(self) -> list[tuple[Tensor, int] | None]:
         """The gradient of every param, kept alive, and how often it has been written."""
-        if not self.eager:
-            return [version for grads in self.grads for version in grads.versions()]
+        if self.eager:
+            return self.shard_versions()
+        return [version for grads in self.grads for version in grads.versions()]
+
+    def shard_versions(self) -> list[tuple[Tensor, int] | None]:
+        """As `versions`, where the full gradients are gone."""
         shards = (grads.shard for grads in self.grads for _ in grads.local)
         return [None if shard is None else (shard, shard._version) for shard in shards]
 

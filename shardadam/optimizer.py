@@ -94,7 +94,7 @@ class ShardedOptimizer(ShardedParams):
         if compares:
             settings = placement.hyperparameters(self.param_groups, self.defaults)
             settings += [asked, f"clipped={self._clipped is not None}", *self._edited]
-            settings += self._reducer.misplaced()
+            settings += self._reducer.lines()
         words = {
             "late": digest("\n".join(map(str, late))) if late else 0,
             "hyperparameters": digest("\n".join(settings)),

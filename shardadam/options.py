@@ -59,6 +59,7 @@ class Options:
     seed: int
     check_replicas_every: int | None = None
     check_state: bool = False
+    exact_microbatches: int | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for what can't be."""
@@ -93,10 +94,41 @@ class Options:
             raise ValueError(
                 f"Invalid check_replicas_every: {every!r}, expected a number of steps, or None"
             )
+        self._check_microbatches()
         if self.check_state and self.directory is not None:
             raise ValueError(
                 "check_state=True reads all state before each step, and offload= streams it from a "
                 "file so that it need not be in memory: expected one of the two"
+            )
+
+    def _check_microbatches(self) -> None:
+        number = self.exact_microbatches
+        if number is None:
+            return
+        if type(number) is not int or number < 1:
+            raise ValueError(
+                f"Invalid exact_microbatches: {number!r}, expected the number of microbatches of a "
+                "step over all ranks, or None"
+            )
+        others = {
+            "shard_grads=True": self.shard_grads,
+            "update_in_backward=True": self.update_in_backward,
+            'grad_sync="none"': self.grad_sync == "none",
+        }
+        for other, given in others.items():
+            if given:
+                raise ValueError(
+                    "exact_microbatches sums gradients over all ranks in an order of its own, in "
+                    f"step(), and {other} does otherwise: expected one of the two"
+                )
+
+    def check_world_size(self, world_size: int) -> None:
+        """Raise ValueError for microbatches of which ranks can't have equally many."""
+        number = self.exact_microbatches
+        if number is not None and number % world_size:
+            raise ValueError(
+                f"exact_microbatches={number}: expected a multiple of the world size, which is "
+                f"{world_size}"
             )
 
     @property
@@ -108,6 +140,8 @@ class Options:
         """How gradients are exchanged, for the user."""
         if self.update_in_backward:
             return f"updated in backward, grad_sync={self.grad_sync!r}"
+        if self.exact_microbatches is not None:
+            return f"summed exactly over {self.exact_microbatches} microbatches"
         return "sharded in backward" if self.shard_grads else f"grad_sync={self.grad_sync!r}"
 
     def describe_state(self) -> str:

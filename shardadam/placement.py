@@ -115,6 +115,7 @@ def place(
     buckets: list[tuple[Bucket, Storage]] = []
     error: Exception | None = None
     try:
+        options.check_world_size(communicator.world_size)
         masters = [master_of(candidate, communicator.device, options) for candidate in candidates]
         refuse_shared_memory(candidates)
         buckets = plan(candidates, masters, communicator.world_size, options, memory)

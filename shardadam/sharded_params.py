@@ -16,6 +16,7 @@ from shardadam.forward import ForwardGate
 from shardadam.gathers import Gathers
 from shardadam.gradients import GradReducer
 from shardadam.kernels import backend_for
+from shardadam.microbatches import MicrobatchReducer
 from shardadam.offload import place_for_state
 from shardadam.options import Options
 from shardadam.replica_check import ReplicaCheck
@@ -46,7 +47,11 @@ class ShardedParams(ShardedState):
         )
         early = options.update_in_backward
         shard_grads = options.shard_grads or early
-        self._reducer = GradReducer(self._communicator, options.grad_sync, shard_grads)
+        self._reducer = (
+            GradReducer(self._communicator, options.grad_sync, shard_grads)
+            if options.exact_microbatches is None
+            else MicrobatchReducer(self._communicator, options.exact_microbatches)
+        )
         self._replica_check = ReplicaCheck(options.check_replicas_every, self._communicator)
         self._backward = Backward(
             self._reducer,

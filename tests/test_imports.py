@@ -13,7 +13,7 @@ import shardadam
 PACKAGE = Path(shardadam.__file__).parent
 # Who may import whom: the modules of each line only those of the lines above it.
 LEVELS = [
-    ["boxes", "dtensors", "layout", "wrapped"],
+    ["boxes", "dtensors", "layout", "tree_sum", "wrapped"],
     ["kernels.exact_sum", "kernels.coefficients", "kernels.cubins"],
     ["kernels.run", "kernels.random_bits", "kernels.cuda_arguments", "kernels.cuda_driver"],
     ["kernels.coded_state"],
@@ -31,7 +31,8 @@ LEVELS = [
     ["amp", "replicas"],
     ["bucket_grads"],
     ["gathers", "gradients", "placement", "replica_check", "shards", "shard_tensor", "shown_state"],
-    ["backward", "entry_reader", "forward", "state_check"],
+    ["entry_reader", "forward", "microbatches", "state_check"],
+    ["backward"],
     ["state_dict"],
     ["clipping", "consolidation", "slots", "updates"],
     ["file_slot", "host_slot", "sharded_state", "streaming"],
