@@ -94,6 +94,7 @@ def desynchronised(rank: int, mode: str, overlap: bool) -> str:
     return str(caught.value)
 
 
+@pytest.mark.fault("a flipped bit in one rank's params, {mode}", "an error that names both")
 @pytest.mark.parametrize("mode", MODES)
 def test_a_flipped_bit_in_one_copy(mode):
     for message in run_ranks(2, desynchronised, mode, False):
@@ -102,6 +103,7 @@ def test_a_flipped_bit_in_one_copy(mode):
         assert found and found[1] != found[2], message
 
 
+@pytest.mark.fault("a flipped bit in one of three ranks' params", "an error that says whose")
 def test_the_majority_is_told_and_gathers_under_way_are_awaited():
     for message in run_ranks(3, desynchronised, "fp32", True):
         assert re.search(
@@ -128,6 +130,7 @@ def replicated(rank: int) -> list[str]:
     return messages
 
 
+@pytest.mark.fault("replicas of a DTensor that differ", "an error that names both")
 def test_replicas_of_dtensors():
     for messages in run_ranks(4, replicated):
         assert len(messages) == 1
@@ -198,6 +201,7 @@ def corrupted(rank: int, mode: str) -> None:
         step(model, optimizer, 50 + rank)
 
 
+@pytest.mark.fault("flipped bits in all state, {world_size} ranks", "an error that names it")
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_flipped_bit_in_the_state(world_size):
     run_ranks(world_size, all_of, corrupted)
@@ -235,6 +239,7 @@ def corrupted_dtensors(rank: int) -> None:
         train_a_step(7)
 
 
+@pytest.mark.fault("flipped bits in the state of DTensors", "an error that names it")
 def test_a_flipped_bit_in_the_state_of_dtensors():
     run_ranks(2, corrupted_dtensors)
 
@@ -321,6 +326,7 @@ def test_what_is_written_is_no_corruption(write, memory):
         optimizer.step()
 
 
+@pytest.mark.fault("a flipped bit in the state, then a save", "an error, nothing saved")
 def test_a_checkpoint_is_not_made_of_corrupted_state(tmp_path):
     model = mlp()
     optimizer = shardadam.AdamW(model.named_parameters(), check_state=True)

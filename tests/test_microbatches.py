@@ -222,13 +222,13 @@ def fault(rank: int, kind: str) -> str:
     model.register_parameter("frozen", frozen)
     optimizer = shardadam.AdamW(model.named_parameters(), exact_microbatches=4)
     before = [param.detach().clone() for param in model.parameters()]
-    passes = {"few": 2 - rank, "many": 2 + rank, "none": 2 * rank}.get(kind, 2)
+    passes = {"too few": 2 - rank, "too many": 2 + rank, "none on one": 2 * rank}.get(kind, 2)
     if kind == "frozen":
         frozen.requires_grad_()
     try:
         for index in range(passes):
             loss = model(torch.randn(2, 4)).sum() + model.frozen.sum()
-            if kind == "torn" and rank == 1 and index == 0:
+            if kind == "a torn pass" and rank == 1 and index == 0:
                 model[0].weight.register_hook(lambda grad: 1 / 0)
                 with pytest.raises(ZeroDivisionError):
                     loss.backward()
@@ -258,16 +258,17 @@ def fault(rank: int, kind: str) -> str:
 
 
 FAULTS = {
-    "few": "expected 2 backward passes on each before step(), found 1",
-    "many": "expected 2 backward passes on each before step(), found 3",
-    "none": "rank 0 has 0 backward passes before this, rank 1 has 2",
-    "torn": "a backward pass was broken off",
+    "too few": "expected 2 backward passes on each before step(), found 1",
+    "too many": "expected 2 backward passes on each before step(), found 3",
+    "none on one": "rank 0 has 0 backward passes before this, rank 1 has 2",
+    "a torn pass": "a backward pass was broken off",
     "by hand": "1.bias has a gradient that came in no backward pass",
     "frozen": "frozen came to the optimizer between the backward passes",
     "scaler": "GradScaler found no gradients",
 }
 
 
+@pytest.mark.fault("exact_microbatches: {kind}", "an error on every rank")
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_fault_is_an_error_on_every_rank(kind):
     for message in run_ranks(2, fault, kind, timeout_s=30):
