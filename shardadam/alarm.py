@@ -70,7 +70,7 @@ class Alarm:
         self._store, self._rank, self._world_size = store, rank, world_size
         # Who holds it takes it along when it ends; torch says so in no other way.
         self._holds_store = "server=<nullptr>" not in repr(_innermost(store))
-        self._asks = self._answered = False
+        self._asks = self._answered = self._lost = False
         self._closed = ""
         self._answers: dict[int, dict[str, str]] | None = None
         inner = _innermost(store)
@@ -93,6 +93,7 @@ class Alarm:
             # In a thread: a store whose process is frozen is waited for without a bound.
             threading.Thread(target=self._ask, daemon=True).start()
             self._listener.join(2 * _ANSWERS_WITHIN_S)
+            self._lost = self._listener.is_alive() or self._answers is None
         if self._closed:
             return self._closed
         return _STORE_LOST if self._answers is None else _tell(ranks, self._answers)
@@ -126,7 +127,7 @@ class Alarm:
                 silent = set(range(self._world_size)) - answers.keys()
                 # Who has no optimizer of ours has no alarm either.
                 strangers = [r for r in silent if not store.check([self._key("address", r)])]
-                return answers | dict.fromkeys(strangers, {})
+                return answers | {rank: {} for rank in strangers}
             # All ranks read: the more there are, the less often each.
             time.sleep(min(left, 0.02 + 0.001 * self._world_size))
 
@@ -184,7 +185,7 @@ class Alarm:
         if os.getpid() != process:
             return
         self._lifeline.end()
-        if self._answered or not self._listener.is_alive():
+        if self._answered or self._lost or not self._listener.is_alive():
             return
         error = getattr(sys, "last_value", None)
         ended = "" if error is None else f": {type(error).__name__}: {error}"
