@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import shardadam
 from kernel_runs import BF16, FP32, FP64
 from models import loss_of, mlp, same, train, values
-from shardadam import optimizer as optimizer_module
+from shardadam import sharded_params
 from shimmed_cuda import shimmed_cuda
 
 
@@ -22,7 +22,7 @@ def on_shim(monkeypatch):
 
     def make(cls, *args, **kwargs):
         with monkeypatch.context() as patch:
-            patch.setattr(optimizer_module, "backend_for", lambda device: shimmed_cuda()[0])
+            patch.setattr(sharded_params, "backend_for", lambda device: shimmed_cuda()[0])
             return cls(*args, **kwargs)
 
     return make

@@ -8,8 +8,7 @@ import torch
 import shardadam
 from models import RealAwkward, loss_of, mlp, same, train, values
 from ranks import run_ranks
-from shardadam import optimizer as optimizer_module
-from shardadam import slots
+from shardadam import sharded_params, slots
 from shardadam.host_slot import HostSlot
 from shardadam.kernels import OnHost, backend_for
 from shardadam.offload import Place
@@ -36,7 +35,7 @@ def host_slots(options, device, backend):
 def trained(rank: int, offloaded: bool, form: dict, way: dict, dtype: torch.dtype) -> tuple:
     with pytest.MonkeyPatch.context() as patch:
         if offloaded:
-            patch.setattr(optimizer_module, "place_for_state", host_slots)
+            patch.setattr(sharded_params, "place_for_state", host_slots)
         model = mlp(dtype)
         optimizer = shardadam.AdamW(model.parameters(), lr=0.01, **form, **way)
         assert isinstance(optimizer._updater, Streamed) == offloaded
@@ -73,7 +72,7 @@ def test_awkward_params(monkeypatch):
         for seed in range(3):
             model.train_a_step(seed)
             optimizer.step()
-        monkeypatch.setattr(optimizer_module, "place_for_state", host_slots)
+        monkeypatch.setattr(sharded_params, "place_for_state", host_slots)
     assert same(*map(values, models))
 
 
@@ -82,8 +81,8 @@ def test_norms_and_loss_scales_of_the_device(monkeypatch):
     scaled, plain = mlp(), mlp()
     reference = shardadam.AdamW(plain.parameters(), max_grad_norm=0.02)
     device, kernels = shimmed_cuda()
-    monkeypatch.setattr(optimizer_module, "backend_for", lambda _: device)
-    monkeypatch.setattr(optimizer_module, "place_for_state", host_slots)
+    monkeypatch.setattr(sharded_params, "backend_for", lambda _: device)
+    monkeypatch.setattr(sharded_params, "place_for_state", host_slots)
     optimizer = shardadam.AdamW(scaled.parameters(), max_grad_norm=0.02)
     amp = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for step in range(5):
