@@ -62,6 +62,7 @@ def step(model: nn.Module, optimizer: shardadam.AdamW, seed: int) -> None:
 
 def held(model: nn.Module, optimizer: shardadam.AdamW) -> list[Tensor]:
     """All that an update changes, as bits."""
+    optimizer.synchronize()
     state = optimizer.state_dict()["state"].values()
     tensors = [getattr(t, "local", t) for entry in state for t in entry.values()]
     return [t.clone().reshape(-1).view(torch.uint8) for t in [*values(model), *tensors]]
@@ -146,6 +147,8 @@ def undisturbed(rank: int, mode: str) -> None:
         optimizer = shardadam.AdamW(
             model.named_parameters(), bucket_bytes=8000, **options, **checks
         )
+        if mode == "bf16":
+            optimizer.overlap_gather(model)
         train(model, optimizer, range(rank, rank + 4))
         found.append(held(model, optimizer))
     assert same(*found)
@@ -184,6 +187,8 @@ def corrupted(rank: int, mode: str) -> None:
     optimizer = shardadam.AdamW(
         model.named_parameters(), check_state=True, amsgrad=True, bucket_bytes=30_000, **options
     )
+    if mode == "bf16":
+        optimizer.overlap_gather(model)
     weight, last = model[2].weight, optimizer._communicator.world_size - 1
     for seed in range(2):
         step(model, optimizer, 10 * seed + rank)
