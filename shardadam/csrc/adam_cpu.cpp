@@ -130,9 +130,10 @@ SumSquares pick_sum(int32_t grad_format) {
 
 // Tile by tile, so that every shard is read from memory once and the sum waits in the cache.
 template <class Grad, class Sum>
-void mean(const void* const* shards, int64_t ranks, void* all_out, int64_t begin, int64_t end) {
+void mean(const void* const* shards, int64_t ranks, int64_t divide_by, void* all_out, int64_t begin,
+          int64_t end) {
   constexpr int64_t kTile = 512;
-  const Sum divisor = Sum(ranks);
+  const Sum divisor = Sum(divide_by);
   for (int64_t start = begin; start < end; start += kTile) {
     const int64_t count = end - start < kTile ? end - start : kTile;
     Sum* __restrict out = static_cast<Sum*>(all_out) + start;

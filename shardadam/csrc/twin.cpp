@@ -187,14 +187,15 @@ EXPORT int64_t shardadam_sum_squares(const void* values, int64_t numel, int32_t 
   return 0;
 }
 
-// Writes the mean of `count` shards of `numel` elements to `out` (float; double for doubles): their
-// sum in order, divided by `count` after. 1 if the format is unknown.
-EXPORT int64_t shardadam_mean(const void* const* shards, int64_t count, void* out, int64_t numel,
-                              int32_t grad_format, int32_t threads) {
+// Writes the sum of `count` shards of `numel` elements, in order, to `out` (float; double for
+// doubles), divided by `divisor` after: `count` for their mean. 1 if the format is unknown.
+EXPORT int64_t shardadam_mean(const void* const* shards, int64_t count, int64_t divisor, void* out,
+                              int64_t numel, int32_t grad_format, int32_t threads) {
   const Mean mean = loops()->mean(grad_format);
   if (!mean) return 1;
-  parallel(numel, parts_for(numel, threads),
-           [&](int32_t, int64_t begin, int64_t end) { mean(shards, count, out, begin, end); });
+  parallel(numel, parts_for(numel, threads), [&](int32_t, int64_t begin, int64_t end) {
+    mean(shards, count, divisor, out, begin, end);
+  });
   return 0;
 }
 

@@ -42,9 +42,9 @@ inline bool by_blocks(const Run& run) {
 using UpdateRange = void (*)(const Run&, const void* grad, const Coefficients&, int64_t begin,
                              int64_t end);
 using SumSquares = void (*)(const void* values, int64_t numel, int64_t* words);
-// out[begin, end) = the sum of `count` shards in their order, divided by `count`.
-using Mean = void (*)(const void* const* shards, int64_t count, void* out, int64_t begin,
-                      int64_t end);
+// out[begin, end) = the sum of `count` shards in their order, divided by `divisor`.
+using Mean = void (*)(const void* const* shards, int64_t count, int64_t divisor, void* out,
+                      int64_t begin, int64_t end);
 
 // One instruction set's loops.
 struct Loops {

@@ -59,7 +59,7 @@ class Backend(Protocol):
     def root(self, words: Tensor) -> Tensor:
         """The square root of an exact sum, a 0-dim float64 tensor on its device."""
 
-    def mean(self, shards: Sequence[Tensor], out: Tensor) -> None:
+    def mean(self, shards: Sequence[Tensor], out: Tensor, divisor: int | None = None) -> None:
         """Write the mean of the ranks' ``shards`` to ``out``, as `reference.mean`."""
 
 
@@ -83,8 +83,8 @@ class _Reference:
     def root(self, words: Tensor) -> Tensor:
         return torch.tensor(exact_sum.root(words), dtype=torch.float64, device=words.device)
 
-    def mean(self, shards: Sequence[Tensor], out: Tensor) -> None:
-        reference.mean(shards, out)
+    def mean(self, shards: Sequence[Tensor], out: Tensor, divisor: int | None = None) -> None:
+        reference.mean(shards, out, divisor)
 
 
 class OnHost:

@@ -201,7 +201,7 @@ class Twin:
         """The square root of an exact sum, a 0-dim float64 tensor."""
         return torch.tensor(exact_sum.root(words), dtype=torch.float64)
 
-    def mean(self, shards: Sequence[Tensor], out: Tensor) -> None:
+    def mean(self, shards: Sequence[Tensor], out: Tensor, divisor: int | None = None) -> None:
         """As `reference.mean`, in one pass over memory."""
         assert out.dtype == state_dtype(shards[0].dtype)
         assert all(tensor.is_contiguous() for tensor in (*shards, out))
@@ -209,6 +209,7 @@ class Twin:
         failed = self._library.shardadam_mean(
             (ctypes.c_void_p * len(shards))(*[shard.data_ptr() for shard in shards]),
             ctypes.c_int64(len(shards)),
+            ctypes.c_int64(divisor or len(shards)),
             ctypes.c_void_p(out.data_ptr()),
             ctypes.c_int64(out.numel()),
             ctypes.c_int32(GRAD_FORMATS[shards[0].dtype]),

@@ -268,9 +268,9 @@ class Cuda:
         self._kernels.launch([(kernel, 1, 1, pointers)])
         return root
 
-    def mean(self, shards: Sequence[Tensor], out: Tensor) -> None:
+    def mean(self, shards: Sequence[Tensor], out: Tensor, divisor: int | None = None) -> None:
         """As `reference.mean`, whose operations run on the device."""
-        reference.mean(shards, out)
+        reference.mean(shards, out, divisor)
 
 
 def _terms(coefficients: Coefficients | Slot) -> tuple[bool, bool]:

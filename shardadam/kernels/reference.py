@@ -57,17 +57,18 @@ def sum_squares(values: Tensor, words: Tensor) -> None:
     exact_sum.add(words, sums.flatten())
 
 
-def mean(shards: Sequence[Tensor], out: Tensor) -> None:
+def mean(shards: Sequence[Tensor], out: Tensor, divisor: int | None = None) -> None:
     """Write the mean of ``shards`` (1-D, of one dtype and length) to ``out``.
 
     ``out`` is float32, float64 for float64, and what sums are taken in, in the order of ``shards``.
+    ``divisor``: what the sum is divided by, if not how many they are.
     """
     first, *others = shards
     out.copy_(first)
     for other in others:
         out.add_(other)
     # A tensor: by a Python number, torch on CUDA multiplies by its rounded reciprocal.
-    out.div_(torch.full((), len(shards), dtype=out.dtype, device=out.device))
+    out.div_(torch.full((), divisor or len(shards), dtype=out.dtype, device=out.device))
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
