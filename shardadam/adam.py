@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from shardadam.kernels import Hyperparameters
 from shardadam.optimizer import ShardedOptimizer
@@ -32,6 +33,11 @@ _ARGUMENTS = """
         params: params, named params or param groups, as in torch.optim.
         process_group: the ranks to shard over; None: the default group, or this process alone
             where torch.distributed is not initialized.
+        mesh: in its place, for nodes joined by links that are slower than those inside: a 2-D
+            DeviceMesh of all ranks, nodes by the ranks of each. Gradients are summed inside nodes
+            before they cross to others, see docs/hybrid.md.
+        replicate_state: with ``mesh``: shard the state over the ranks of a node, each node having a
+            copy, so that params are gathered inside nodes only. False: shard it over all ranks.
         grad_sync: "mean": gradients are averaged over the ranks by `step()`; right without a
             wrapper, and around DDP too, where it is redundant. "none": they are equal on all ranks
             already, and are only read.
@@ -106,6 +112,8 @@ class Adam(_AdamRule, torch.optim.Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         process_group: torch.distributed.ProcessGroup | None = None,
+        mesh: DeviceMesh | None = None,
+        replicate_state: bool = False,
         grad_sync: GradSync = "mean",
         shard_grads: bool = False,
         update_in_backward: bool = False,
@@ -122,6 +130,8 @@ class Adam(_AdamRule, torch.optim.Adam):
     ) -> None:
         options = Options(
             process_group,
+            mesh,
+            replicate_state,
             grad_sync,
             shard_grads,
             update_in_backward,
@@ -170,6 +180,8 @@ class AdamW(_AdamRule, torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
+        mesh: DeviceMesh | None = None,
+        replicate_state: bool = False,
         grad_sync: GradSync = "mean",
         shard_grads: bool = False,
         update_in_backward: bool = False,
@@ -186,6 +198,8 @@ class AdamW(_AdamRule, torch.optim.AdamW):
     ) -> None:
         options = Options(
             process_group,
+            mesh,
+            replicate_state,
             grad_sync,
             shard_grads,
             update_in_backward,
@@ -234,6 +248,8 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
         capturable: bool = False,
         differentiable: bool = False,
         process_group: torch.distributed.ProcessGroup | None = None,
+        mesh: DeviceMesh | None = None,
+        replicate_state: bool = False,
         grad_sync: GradSync = "mean",
         shard_grads: bool = False,
         update_in_backward: bool = False,
@@ -250,6 +266,8 @@ class NAdam(ShardedOptimizer, torch.optim.NAdam):
     ) -> None:
         options = Options(
             process_group,
+            mesh,
+            replicate_state,
             grad_sync,
             shard_grads,
             update_in_backward,

@@ -31,7 +31,7 @@ class FlatBucket:
         bucket: which elements of which params.
         memory: the params of its spans.
         first_blocks: the numbers of the spans' first blocks, for `Run`.
-        rank: whose shard.
+        shard: which one is this rank's.
         storage: of the state.
         scalars: the initial values.
         scalars_on_device: whether they are where the params are, or on the host.
@@ -42,7 +42,7 @@ class FlatBucket:
         bucket: Bucket,
         memory: Params,
         first_blocks: Sequence[int],
-        rank: int,
+        shard: int,
         storage: Storage,
         scalars: dict[str, float],
         *,
@@ -51,7 +51,7 @@ class FlatBucket:
         self.bucket = bucket
         self.memory, self.params, self.names = memory, memory.params, memory.names
         self.exchanged = memory.exchanged
-        self.pieces = bucket.pieces(rank)
+        self.pieces = bucket.pieces(shard)
         self.span_groups = [span.group for span in bucket.spans]
         self.groups = sorted(set(self.span_groups))
         self.dtype, self.device = storage.dtype, self.params[0].device

@@ -19,7 +19,7 @@ exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,14 +30,33 @@ from shardadam.exchange import Exchange
 from shardadam.kernels import reference
 from shardadam.ranks import Ranks
 
-_Mean = Callable[[Sequence[Tensor], Tensor], None]
+
+class Mean(Protocol):
+    """How a backend takes the mean of shards."""
+
+    def __call__(self, shards: Sequence[Tensor], out: Tensor, divisor: int | None = None) -> None:
+        """As `reference.mean`."""
 
 
 class Communicator(Ranks):
     """What is exchanged of params, gradients and state with the ranks of a process group.
 
-    ``mean`` is the backend's way to take the mean of shards.
+    Attributes:
+        shards: how many every bucket is cut into.
+        shard: which one this rank owns.
+        replicas: how many ranks own each.
+        replica: which of those this rank is.
+        gathers_alone: whether a rank that awaits a gather needs nothing of others than that they
+            have begun it.
+
+    Args:
+        process_group: as in `Ranks`.
+        device: likewise.
+        mean: the backend's way to take the mean of shards.
+        where: which ranks these are among all, for errors and `sent_bytes`.
     """
+
+    gathers_alone = True
 
     _aside: ClassVar[WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]] = WeakKeyDictionary()
 
@@ -45,10 +64,13 @@ class Communicator(Ranks):
         self,
         process_group: dist.ProcessGroup | None,
         device: torch.device,
-        mean: _Mean = reference.mean,
+        mean: Mean = reference.mean,
+        where: str = "",
     ) -> None:
         super().__init__(process_group, device)
-        self._mean = mean
+        self.shards, self.shard = self.world_size, self.rank
+        self.replicas, self.replica = 1, 0
+        self._mean, self._where = mean, where
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self._stream: Any = None
 
@@ -87,7 +109,8 @@ class Communicator(Ranks):
     def sum_exactly(self, words: Tensor) -> None:
         """Sum an int64 tensor over the ranks, in place."""
         if self.world_size > 1:
-            with self._says("summing the gradient norm", words, sends=2 * self._others(words)):
+            doing = f"summing the gradient norm{self._where}"
+            with self._says(doing, words, sends=2 * self._others(words)):
                 dist.all_reduce(words, group=self.process_group)
 
     def minimum(self, tensor: Tensor) -> None:
@@ -122,25 +145,29 @@ class Communicator(Ranks):
             self._buffers[name, dtype] = kept
         return kept[:numel]
 
-    def start_reduce_scatter_mean(self, flat: Tensor, mean: Tensor, lane: int = 0) -> Exchange:
+    def start_reduce_scatter_mean(
+        self, flat: Tensor, mean: Tensor, lane: int = 0, divisor: int | None = None
+    ) -> Exchange:
         """Begin to write the mean over the ranks of this rank's shard of ``flat`` to ``mean``.
 
-        ``flat`` holds ``world_size`` shards of equal length and is left as it was; ``mean`` is one
-        of fp32 (fp64 for fp64). Both are to be left alone until the exchange has been awaited.
+        ``flat`` holds ``shards`` of equal length and is left as it was; ``mean`` is one of fp32
+        (fp64 for fp64). Both are to be left alone until the exchange has been awaited.
         ``lane``: what goes on at the same time must differ in it; each has memory of its own.
+        ``divisor``: what the sum is divided by, if not ``world_size``.
         """
-        world_size, doing = self.world_size, "reduce-scattering gradients"
-        shards = _shards(flat, world_size)
+        world_size, doing = self.world_size, f"reduce-scattering gradients{self._where}"
+        divisor = divisor or world_size
+        shards = cut(flat, world_size)
         if world_size == 1 or not flat.numel():
-            return self._exchange(doing, [], lambda: self._mean(shards, mean))
+            return self._exchange(doing, [], lambda: self._mean(shards, mean, divisor))
         if self.backend == "nccl" and flat.dtype == mean.dtype:
             with self._says(doing, sends=self._others(flat)):
                 work = _reduce_scatter()(mean, flat, group=self.process_group, async_op=True)
             # 0-dim: by a Python number, torch on CUDA multiplies by its reciprocal.
-            divisor = torch.full_like(mean[0], world_size)
-            return self._exchange(doing, [work], lambda: mean.div_(divisor))
+            divide_by = torch.full_like(mean[0], divisor)
+            return self._exchange(doing, [work], lambda: mean.div_(divide_by))
         received, works = self._start_all_to_all(doing, flat, lane)
-        return self._exchange(doing, works, lambda: self._mean(received, mean))
+        return self._exchange(doing, works, lambda: self._mean(received, mean, divisor))
 
     def start_all_to_all(self, flat: Tensor, lane: int = 0) -> tuple[Sequence[Tensor], Exchange]:
         """Begin to bring every rank's shard of ``flat`` to its owner.
@@ -153,37 +180,37 @@ class Communicator(Ranks):
         """
         doing = "exchanging sums of microbatches"
         if self.world_size == 1 or not flat.numel():
-            return _shards(flat, self.world_size), self._exchange(doing, [])
+            return cut(flat, self.world_size), self._exchange(doing, [])
         received, works = self._start_all_to_all(doing, flat, lane)
         return received, self._exchange(doing, works)
 
     def _start_all_to_all(
         self, doing: str, flat: Tensor, lane: int
     ) -> tuple[Sequence[Tensor], list[dist.Work]]:
-        shards, sends = _shards(flat, self.world_size), self._others(flat)
+        shards, sends = cut(flat, self.world_size), self._others(flat)
         if not self._point_to_point:
             group = self.process_group
             buffer = self.buffer(f"received {lane}", flat.numel(), flat.dtype)
             with self._says(doing, buffer, flat, sends=sends):
                 work = dist.all_to_all_single(buffer, flat, group=group, async_op=True)
-            return _shards(buffer, self.world_size), [work]
+            return cut(buffer, self.world_size), [work]
         own = shards[self.rank]  # read where it is
         buffer = self.buffer(f"received {lane}", flat.numel() - own.numel(), flat.dtype)
-        theirs = _shards(buffer, self.world_size - 1)
+        theirs = cut(buffer, self.world_size - 1)
         received = (*theirs[: self.rank], own, *theirs[self.rank :])
         with self._says(doing, *shards, *theirs, sends=sends):
             works = self._swap(shards, received, self.process_group, self._next_tag())
         return received, works
 
-    def start_all_gather(self, flat: Tensor) -> Exchange:
-        """Begin to fill every rank's shard of ``flat`` from its owner; any number may be under way.
+    def start_all_gather(self, flat: Tensor, what: str = "params") -> Exchange:
+        """Begin to fill every shard of ``flat`` from its owner; any number may be under way.
 
-        It holds ``world_size`` shards of equal length, this rank's own being up to date, and is to
-        be left alone until the exchange has been awaited.
+        It holds ``shards`` of equal length, this rank's own being up to date, and is to be left
+        alone until the exchange has been awaited. ``what`` it is, for errors and `sent_bytes`.
         """
-        doing, works = "all-gathering params", []
+        doing, works = f"all-gathering {what}{self._where}", []
         if self.world_size > 1 and flat.numel():
-            group, shards = self.process_group, _shards(flat, self.world_size)
+            group, shards = self.process_group, cut(flat, self.world_size)
             sends = self._others(flat)
             with self._says(doing, *shards, sends=sends):
                 own = shards[self.rank]
@@ -212,34 +239,43 @@ class Communicator(Ranks):
             to: the receiver.
 
         Returns:
-            On rank ``to`` a tensor for each of ``shards``, of all ranks' in their order, on the
+            On rank ``to`` a tensor for each of ``shards``, of all shards in their order, on the
             host, because a device that holds its share may not hold everybody's; else nothing.
         """
         if self.world_size == 1:
             return [shard.to("cpu", copy=True) for shard in shards]
         nccl = self.backend == "nccl"  # gloo sends from and receives on the host only
         group = self.process_group if nccl else self._host_group
+        owners = self._owners(to)
         shards = [shard.to(self.device if nccl else self._host_device) for shard in shards]
         flats = []
         operations = []
         for shard in shards:
             if self.rank == to:
-                flats.append(shard.new_empty(self.world_size * shard.numel()))
-                for owner, part in enumerate(_shards(flats[-1], self.world_size)):
+                flats.append(shard.new_empty(self.shards * shard.numel()))
+                for owner, part in zip(owners, cut(flats[-1], self.shards), strict=True):
                     if owner == to:
                         part.copy_(shard)
                     else:
                         operations.append(dist.P2POp(dist.irecv, part, None, group, 0, owner))
-            else:
+            elif self.rank in owners:
                 operations.append(dist.P2POp(dist.isend, shard, None, group, 0, to))
         operations = [operation for operation in operations if operation.tensor.numel()]
-        if operations:
-            sends = 0 if self.rank == to else sum(shard.nbytes for shard in shards)
+        if any(shard.numel() for shard in shards):  # counted by all, also who has nothing to send
             tensors = [operation.tensor for operation in operations]
+            sends = 0 if self.rank == to else sum(tensor.nbytes for tensor in tensors)
             with self._says("gathering the state", *tensors, sends=sends):
-                for work in dist.batch_isend_irecv(operations):
+                for work in dist.batch_isend_irecv(operations) if operations else ():
                     work.wait()
         return [flat.cpu() for flat in flats]
+
+    def _owners(self, to: int) -> list[int]:
+        """The rank that sends each shard to rank ``to`` when state is gathered."""
+        return list(range(self.world_size))
+
+    def describe(self) -> str:
+        """This rank among the others, for the user."""
+        return f"rank {self.rank} of {self.world_size} ({self.backend})"
 
 
 def _all_gather() -> Callable[..., Any]:
@@ -252,5 +288,6 @@ def _reduce_scatter() -> Callable[..., Any]:
     return getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def _shards(flat: Tensor, world_size: int) -> tuple[Tensor, ...]:
-    return flat.view(world_size, flat.numel() // world_size).unbind()
+def cut(flat: Tensor, count: int) -> tuple[Tensor, ...]:
+    """``flat`` as ``count`` parts of equal length."""
+    return flat.view(count, flat.numel() // count).unbind()

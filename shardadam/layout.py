@@ -55,25 +55,25 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A flat range of elements, cut into ``world_size`` shards of ``shard_numel`` each."""
+    """A flat range of elements, cut into ``shards`` of ``shard_numel`` each."""
 
     spans: tuple[Span, ...]
     shard_numel: int
-    world_size: int
+    shards: int
 
     @property
     def numel(self) -> int:
         """Elements with padding."""
-        return self.shard_numel * self.world_size
+        return self.shard_numel * self.shards
 
     @property
     def padding(self) -> int:
         """Elements that belong to no param."""
         return self.numel - sum(span.numel for span in self.spans)
 
-    def pieces(self, rank: int) -> tuple[Piece, ...]:
-        """What ``rank`` owns, one piece per span in the spans' order; empty pieces included."""
-        start, stop = rank * self.shard_numel, (rank + 1) * self.shard_numel
+    def pieces(self, shard: int) -> tuple[Piece, ...]:
+        """What is in one shard, one piece per span in the spans' order; empty pieces included."""
+        start, stop = shard * self.shard_numel, (shard + 1) * self.shard_numel
         pieces = []
         for index, span in enumerate(self.spans):
             first = min(max(start, span.offset), span.offset + span.numel)
@@ -84,12 +84,13 @@ class Bucket:
 
 
 def plan_buckets(
-    entries: Sequence[Entry], bucket_numel: int, world_size: int
+    entries: Sequence[Entry], bucket_numel: int, shards: int, parts: int = 1
 ) -> tuple[Bucket, ...]:
     """Pack ``entries`` (in registration order) into buckets.
 
     A bucket is closed before it would exceed ``bucket_numel`` elements; a param larger than that
-    has a bucket of its own. See [Note: the layout].
+    has a bucket of its own. Each of ``shards`` can be cut into ``parts``, equal and aligned too.
+    See [Note: the layout].
     """
     buckets = []
     open_entries: list[Entry] = []
@@ -97,22 +98,22 @@ def plan_buckets(
     for entry in reversed(entries):
         numel = _round_up(entry.numel)
         if open_entries and open_numel + numel > bucket_numel:
-            buckets.append(_close(open_entries, world_size))
+            buckets.append(_close(open_entries, shards, parts))
             open_entries, open_numel = [], 0
         open_entries.append(entry)
         open_numel += numel
     if open_entries:
-        buckets.append(_close(open_entries, world_size))
+        buckets.append(_close(open_entries, shards, parts))
     return tuple(buckets)
 
 
-def _close(entries: Sequence[Entry], world_size: int) -> Bucket:
+def _close(entries: Sequence[Entry], shards: int, parts: int) -> Bucket:
     spans = []
     offset = 0
     for entry in sorted(entries, key=lambda entry: entry.group):
         spans.append(Span(entry.param, entry.group, offset, entry.numel))
         offset += _round_up(entry.numel)
-    return Bucket(tuple(spans), _round_up(-(-offset // world_size)), world_size)
+    return Bucket(tuple(spans), parts * _round_up(-(-offset // (shards * parts))), shards)
 
 
 def _round_up(numel: int) -> int:

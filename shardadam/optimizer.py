@@ -212,8 +212,14 @@ class ShardedOptimizer(ShardedParams):
         again when modules have been added; after torch.compile, with what it returned.
 
         Raises:
-            ValueError: the model was compiled in place.
+            ValueError: the model was compiled in place; or ``mesh`` without ``replicate_state``.
         """
+        if not self._communicator.gathers_alone:
+            # Ranks may come to their modules in different orders, and each would wait for others.
+            raise ValueError(
+                "overlap_gather(): with mesh= params come in two stages, of which every rank has "
+                "to begin the second: expected replicate_state=True, or no overlap"
+            )
         self.synchronize()
         if self._gate is not None:
             self._gate.remove()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 GradSync = Literal["mean", "none"]
 State = Literal["fp32", "bf16", "q16", "q8"]
@@ -48,6 +49,8 @@ class Options:
     """See `shardadam.Adam` for what each means."""
 
     process_group: dist.ProcessGroup | None
+    mesh: DeviceMesh | None
+    replicate_state: bool
     grad_sync: GradSync
     shard_grads: bool
     update_in_backward: bool
@@ -63,6 +66,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raise ValueError for what can't be."""
+        self._check_mesh()
         _one_of("grad_sync", self.grad_sync, ("mean", "none"))
         _one_of("state", self.state, _STATES)
         _one_of("master", self.master, _MASTERS)
@@ -111,6 +115,7 @@ class Options:
                 "step over all ranks, or None"
             )
         others = {
+            "mesh=": self.mesh is not None,
             "shard_grads=True": self.shard_grads,
             "update_in_backward=True": self.update_in_backward,
             'grad_sync="none"': self.grad_sync == "none",
@@ -129,6 +134,22 @@ class Options:
             raise ValueError(
                 f"exact_microbatches={number}: expected a multiple of the world size, which is "
                 f"{world_size}"
+            )
+
+    def _check_mesh(self) -> None:
+        if self.mesh is None:
+            if self.replicate_state:
+                raise ValueError("replicate_state=True: expected mesh=, which says over what")
+            return
+        if not isinstance(self.mesh, DeviceMesh) or self.mesh.ndim != 2:
+            raise ValueError(
+                f"Invalid mesh: {self.mesh!r}, expected a DeviceMesh of 2 dims: nodes, and the "
+                "ranks of each"
+            )
+        if self.process_group is not None:
+            raise ValueError(
+                "mesh= has process groups of its own, found process_group= beside it: expected one "
+                "of the two"
             )
 
     @property
@@ -150,11 +171,12 @@ class Options:
 
     def lines(self) -> list[str]:
         """What must be equal on every rank, a line each; its directory may be a rank's own."""
-        own = ("process_group", "offload")
+        own = ("process_group", "mesh", "offload")
         names = [field.name for field in fields(self) if field.name not in own]
         lines = [f"{name}={getattr(self, name)!r}" for name in names]
         kind = "to a directory" if self.directory is not None else f"= {self.offload!r}"
-        return [*lines, f"offload {kind}"]
+        ranks = None if self.mesh is None else self.mesh.mesh.tolist()
+        return [*lines, f"mesh of {ranks}", f"offload {kind}"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Options:
         """Shared by copies: a process group can't be copied, and need not be."""
@@ -164,6 +186,8 @@ class Options:
         """Without a process group: the default one is found again where it is read back."""
         if self.process_group not in (None, dist.group.WORLD if dist.is_available() else None):
             raise TypeError("an optimizer with a process_group of its own can't be serialized")
+        if self.mesh is not None:
+            raise TypeError("an optimizer with mesh= can't be serialized: its state_dict() can")
         return Options, (None, *(getattr(self, field.name) for field in fields(self)[1:]))
 
 

@@ -105,12 +105,12 @@ class FlatParams:
         bucket: Bucket,
         params: Sequence[Tensor],
         names: Sequence[str],
-        rank: int,
+        shard: int,
         dtype: torch.dtype,
     ) -> None:
         self.params, self.names = list(params), list(names)
         self.flat = torch.zeros(bucket.numel, dtype=dtype, device=params[0].device)
-        self._shard = self.flat.view(bucket.world_size, bucket.shard_numel)[rank]
+        self._shard = self.flat.view(bucket.shards, bucket.shard_numel)[shard]
         self.views = [
             view_like(param, self.flat[span.offset : span.offset + span.numel])
             for span, param in zip(bucket.spans, params, strict=True)

@@ -118,7 +118,9 @@ def place(
         options.check_world_size(communicator.world_size)
         masters = [master_of(candidate, communicator.device, options) for candidate in candidates]
         refuse_shared_memory(candidates)
-        buckets = plan(candidates, masters, communicator.world_size, options, memory)
+        _refuse_dtensors(candidates, options)
+        shards, parts = communicator.shards, communicator.replicas
+        buckets = plan(candidates, masters, shards, options, memory, parts)
         memory.reserve(
             [
                 size
@@ -148,9 +150,9 @@ def place(
     flat_buckets = []
     for (bucket, storage), of_one, alike in zip(buckets, members, replicas, strict=True):
         params, names = [c.param for c in of_one], [c.name for c in of_one]
-        rank = communicator.rank if alike is None else 0
+        shard = communicator.shard if alike is None else 0
         where: Params = (
-            FlatParams(bucket, params, names, rank, storage.dtype)
+            FlatParams(bucket, params, names, shard, storage.dtype)
             if alike is None
             else DistributedParams(params, names)
         )
@@ -159,7 +161,7 @@ def place(
                 bucket,
                 where,
                 [where.first_block(index, numbers[param]) for index, param in enumerate(params)],
-                rank,
+                shard,
                 storage,
                 scalars,
                 scalars_on_device=scalars_on_device,
@@ -172,11 +174,15 @@ def place(
 def plan(
     candidates: Sequence[Candidate],
     masters: Sequence[str | None],
-    world_size: int,
+    shards: int,
     options: Options,
     memory: StateMemory,
+    parts: int = 1,
 ) -> list[tuple[Bucket, Storage]]:
-    """The buckets of ``candidates``, and how the state of each is stored."""
+    """The buckets of ``candidates``, and how the state of each is stored.
+
+    ``shards`` and ``parts``: as in `plan_buckets`.
+    """
     buckets: list[tuple[Bucket, Storage]] = []
     keys = [
         (real_dtype(candidate.param), candidate.amsgrad, master, candidate.distributed)
@@ -194,11 +200,21 @@ def plan(
         if distributed:  # one bucket, whatever a rank's own part of params is
             planned = plan_buckets(entries, sys.maxsize, 1)
         else:
-            planned = plan_buckets(entries, options.bucket_bytes // dtype.itemsize, world_size)
+            numel = options.bucket_bytes // dtype.itemsize
+            planned = plan_buckets(entries, numel, shards, parts)
         buckets += [(bucket, storage) for bucket in planned]
     # In the order in which backward completes them, also across dtypes.
     buckets.sort(key=lambda planned: -min(span.param for span in planned[0].spans))
     return buckets
+
+
+def _refuse_dtensors(candidates: Sequence[Candidate], options: Options) -> None:
+    for candidate in candidates:
+        if candidate.distributed and options.mesh is not None:
+            raise ValueError(
+                f"{candidate.name} is a DTensor, whose own mesh says where its elements are: "
+                "expected mesh=None (docs/fsdp2.md)"
+            )
 
 
 def _share_values(buckets: Sequence[FlatBucket], communicator: Communicator) -> None:

@@ -15,6 +15,7 @@ from shardadam.collectives import Communicator
 from shardadam.forward import ForwardGate
 from shardadam.gathers import Gathers
 from shardadam.gradients import GradReducer
+from shardadam.hierarchy import Hierarchy
 from shardadam.kernels import backend_for
 from shardadam.microbatches import MicrobatchReducer
 from shardadam.offload import place_for_state
@@ -41,7 +42,12 @@ class ShardedParams(ShardedState):
         self._backend, self._memory, self._updater = place_for_state(
             options, device, backend_for(device)
         )
-        self._communicator = Communicator(options.process_group, device, self._backend.mean)
+        mean, mesh = self._backend.mean, options.mesh
+        self._communicator = (
+            Communicator(options.process_group, device, mean)
+            if mesh is None
+            else Hierarchy(mesh, device, mean, replicate_state=options.replicate_state)
+        )
         self._steps: Steps = (
             DeviceSteps(self._backend) if self._backend.folds_on_device else HostSteps()
         )

@@ -246,7 +246,7 @@ class ShardedState(torch.optim.Optimizer):
             beside += f"{distributed} DTensors updated where they are, "
         return (
             f"{super().__repr__()}\n"
-            f"sharded: rank {ranks.rank} of {ranks.world_size} ({ranks.backend}), "
+            f"sharded: {ranks.describe()}, "
             f"{self._options.describe_grads()}, {beside}{len(self._buckets)} buckets, "
             f"{self._options.describe_state()}: {held:,} bytes {self._memory.where()}, "
             f"{padding:,} of them padding, update by {self._backend.name}"

@@ -55,7 +55,7 @@ def pack(
             continue
         if not bucket.exchanged:
             state[id] = {**state[id], **_spread_scales(bucket, index)}
-        elif communicator.world_size > 1:
+        elif communicator.shards > 1:
             shard = shard_of(bucket, index)
             wrapped = {
                 (shown := bucket.shown_name(index, name)): ShardTensor(

@@ -54,7 +54,7 @@ def test_spans_and_shards_are_aligned_packed_and_balanced(params, world_size, bu
     waiting = entries(params)
     buckets = plan_buckets(waiting, bucket_numel, world_size)
     for bucket in buckets:
-        assert bucket.world_size == world_size
+        assert bucket.shards == world_size
         assert bucket.shard_numel % ALIGNMENT == 0
         end = 0
         for span in bucket.spans:

@@ -179,12 +179,14 @@ def _add_optimizer(
         name: torch.stack([shard.scalars[name] for shard in shards]).tolist() if shards else []
         for name in optimizer._scalars
     }
+    ranks = optimizer._communicator
     for index, shard in enumerate(shards):
         name, param = names[shard.param], shard.param
         counts = {key: float(values[index]) for key, values in scalars.items()}
         entry = Entry("param", name, tuple(param.shape), dtype_name(param), shard.dims, counts)
         contents.entries.append(entry)
-        if shard.numel:
+        # Replicas take turns: each writes the params of its number.
+        if shard.numel and index % ranks.replicas == ranks.replica:
             parts = {key: key for key in shard.tensors} | parts_of(shard.form, True)
             contents.pieces.append(Piece("param", name, VALUES, shard.offset, shard.values))
             for key, tensor in shard.tensors.items():

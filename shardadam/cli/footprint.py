@@ -111,7 +111,9 @@ class Trained:
         self, memory: Memory, world_size: int, bucket_bytes: int
     ) -> list[tuple[Bucket, Storage]]:
         how = formats(memory, "fp32", "auto")
-        options = Options(None, "mean", False, False, None, *how, None, bucket_bytes, 0)
+        options = Options(
+            None, None, False, "mean", False, False, None, *how, None, bucket_bytes, 0
+        )
         device = self.candidates[0].param.device
         masters = [master_of(candidate, device, options) for candidate in self.candidates]
         return plan(self.candidates, masters, world_size, options, DeviceMemory(device))
