@@ -1,6 +1,6 @@
 """A step of four ranks on two "hosts" joined by a slow link: flat, and by `mesh=` in both ways.
 
-python benchmarks/hierarchy.py [--rate 1gbit] [--params 8e6] [--steps 20]
+python benchmarks/hierarchy.py [--rate 1gbit] [--params 32e6] [--steps 10]
 
 The hosts are network namespaces on this machine, with two ranks each; it takes Linux, iproute2 and
 leave to make them. One run measures all ways, which take turns; the bytes are what the link's
@@ -34,8 +34,8 @@ def main() -> None:
     """Start the ranks, and print what the first one found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rate", default="1gbit", help="of the link, in tc's words")
-    parser.add_argument("--params", type=float, default=8e6)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--params", type=float, default=32e6)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--device", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.device:

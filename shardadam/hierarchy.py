@@ -22,9 +22,9 @@ and only the node's own ranks are needed for params.
 Sums are taken in fp32 on both levels (fp64 for fp64), in fixed order, and divided by W at the end:
 the same bits on every run and in every replica; given sums that are exact, the bits of one level.
 
-A level begins when the one before is done and somebody looks. Gradients' next level begins when the
-next bucket is sent, so that it goes on beside what follows; params' when they are awaited, so that
-it goes on beside what of others is still on the slow links.
+A level begins when the one before is done and somebody looks. Gradients cross to other nodes when
+the next bucket is sent or an earlier one awaited, so that the slow links are busy meanwhile; params
+go on inside the node when they are awaited, beside what of other buckets is still on slow links.
 """
 
 from __future__ import annotations
@@ -41,22 +41,36 @@ from shardadam.kernels import reference
 
 
 class Relay(Exchange):
-    """Data under way in stages, of which each begins when the one before is done."""
+    """Data under way in stages, of which each begins when the one before is done.
 
-    def __init__(self, first: Exchange, *later: Callable[[], Exchange]) -> None:
-        self._stage, self._later = first, list(later)
+    ``beside``: begins what can go on while this is awaited.
+    """
 
-    def advance(self) -> None:
-        """Wait for the stage that is under way, and begin the next, if there is one."""
-        if self._later:
-            self._stage.wait()
-            self._stage = self._later.pop(0)()
+    def __init__(
+        self,
+        first: Exchange,
+        *later: Callable[[], Exchange],
+        beside: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._stage, self._later, self._beside = first, list(later), beside
+        self._at_first = True
+
+    def leave_first(self) -> None:
+        """Begin the second stage, unless it has been; waits for the first."""
+        if self._at_first:
+            self._advance()
 
     def wait(self) -> None:
         """As in `Exchange`."""
+        self.leave_first()
+        self._beside()
         while self._later:
-            self.advance()
+            self._advance()
         self._stage.wait()
+
+    def _advance(self) -> None:
+        self._stage.wait()
+        self._stage, self._at_first = self._later.pop(0)(), False
 
 
 class Hierarchy(Communicator):
@@ -125,8 +139,7 @@ class Hierarchy(Communicator):
         self, flat: Tensor, mean: Tensor, lane: int = 0, divisor: int | None = None
     ) -> Exchange:
         """As in `Communicator`."""
-        if self._last is not None:
-            self._last.advance()
+        self._cross()
         self.made += 1
         divisor = divisor or self.world_size
         node_sum = self.buffer(f"node sum {lane}", flat.numel() // self._places, mean.dtype)
@@ -137,8 +150,13 @@ class Hierarchy(Communicator):
         if self._replicates:
             stages.append(lambda: self._across.start_all_gather(mean, "gradients"))
         first = self._inside.start_reduce_scatter_mean(flat, node_sum, lane, divisor=1)
-        self._last = Relay(first, *stages)
+        self._last = Relay(first, *stages, beside=self._cross)
         return self._last
+
+    def _cross(self) -> None:
+        """Let the bucket that was sent last go on to other nodes."""
+        if self._last is not None:
+            self._last.leave_first()
 
     def start_all_gather(self, flat: Tensor, what: str = "params") -> Exchange:
         """As in `Communicator`."""
