@@ -23,7 +23,7 @@ from shardadam.integrations import ddp
 
 BF16 = torch.bfloat16
 MODES = {
-    "plain": {},
+    "plain": {"check_replicas_every": 1, "check_state": True},
     "clipped": {"max_grad_norm": 0.5},
     "sharded": {"shard_grads": True, "max_grad_norm": 0.5},
     "in backward": {"update_in_backward": True},
@@ -251,6 +251,7 @@ def refusals(rank: int) -> list[str]:
     refused(ValueError, lambda: adam(mesh=init_device_mesh("cpu", (2,))))
     refused(ValueError, lambda: adam(mesh=2))
     refused(ValueError, lambda: adam(replicate_state=True))
+    refused(ValueError, lambda: adam(mesh=pair, exact_microbatches=2))
     refused(ValueError, lambda: adam(mesh=DeviceMesh("cpu", [[1], [0]])))
     part = DeviceMesh("cpu", [[0]]) if rank == 0 else DeviceMesh("cpu", [[1]])
     refused(ValueError, lambda: Hierarchy(part, cpu, replicate_state=False))
@@ -269,6 +270,7 @@ EXPECTED = [
     r"Invalid mesh: DeviceMesh\(.*\), expected a DeviceMesh of 2 dims: nodes, and the ranks of",
     "Invalid mesh: 2, expected a DeviceMesh of 2 dims",
     "replicate_state=True: expected mesh=, which says over what",
+    r"exact_microbatches sums gradients over all ranks .*, in step\(\), and mesh= does otherwise",
     r"mesh: expected ascending ranks along its dims, found \[\[1\], \[0\]\]",
     r"mesh: expected all 2 ranks of the default process group, found \[[01]\]",
     "rank 0 has replicate_state=True, rank 1 has replicate_state=False",
