@@ -1,9 +1,9 @@
 """Digests of what is in memory, block by block, to find bits that have changed.
 
 The bits of each block of ALIGNMENT elements are summed as 64-bit integers: one number per block,
-at the speed of memory, where a CRC of all bytes takes seven times as long (docs/corruption.md). One
-flipped bit changes its block's sum by a power of two, so it is always seen; so are all changes but
-those that cancel inside one block.
+at the speed of memory, where a CRC of all bytes takes three to five times as long
+(docs/corruption.md). One flipped bit changes its block's sum by a power of two, so it is always
+seen; so are all changes but those that cancel inside one block.
 """
 
 import ctypes
