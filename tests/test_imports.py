@@ -54,7 +54,7 @@ LEVELS = [
     ["elastic.run"],
     ["elastic"],
     [""],
-    ["cli", "cli.telling"],
+    ["cli", "cli.links", "cli.telling"],
     [
         "cli.ds_config",
         "cli.ds_keys",

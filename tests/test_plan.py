@@ -1,5 +1,6 @@
 """`python -m shardadam plan`: its bytes beside an optimizer's, and beside what training takes."""
 
+import itertools
 import json
 import os
 import struct
@@ -13,12 +14,14 @@ import torch
 from torch import nn
 
 import shardadam
+from hybrid_runs import over
 from models import Awkward, mlp
 from plan_peaks import CASES, GPT, MIB, WORLD_SIZES
 from ranks import run_ranks
 from shardadam.cli import hf_shapes, modelling, plan_figure
 from shardadam.cli.footprint import Plan, Trained
 from shardadam.cli.main import main
+from shardadam.hierarchy import Hierarchy
 
 pytestmark = pytest.mark.filterwarnings("ignore:gradients are equal")
 
@@ -36,6 +39,9 @@ def real_bytes(plan: Plan, made: Callable[[], nn.Module], bucket_bytes: int) -> 
     """Params, gradients, state, what is kept for transit, and what a step sends."""
     model = made()
     options = {} if plan.grads == "plain" else {plan.grads: True}
+    ways = plan.ways
+    if ways.spread != "flat":
+        options |= over(ways.nodes, ways.places, ways.spread == "replicated")
     optimizer = shardadam.AdamW(
         model.parameters(), memory=plan.memory, bucket_bytes=bucket_bytes, **options
     )
@@ -50,27 +56,36 @@ def real_bytes(plan: Plan, made: Callable[[], nn.Module], bucket_bytes: int) -> 
     if plan.grads != "plain":
         # Those that are in memory at a time, while their bucket fills.
         grads = max(sum(param.nbytes for param in b.params) for b in optimizer._buckets)
-    moved = ("reduce-scattering gradients", "all-gathering params")
+    moved = [name for name in ranks.sent_bytes if name.startswith(("reduce-scat", "all-gath"))]
+    levels = [ranks, *([ranks._inside, ranks._across] if isinstance(ranks, Hierarchy) else [])]
     return (
         sum(bucket.memory.flat.nbytes for bucket in optimizer._buckets),
         grads + sum(g._memory.nbytes for g in optimizer._reducer.grads if g._memory is not None),
         sum(t.nbytes for bucket in optimizer._buckets for t in bucket.state.values()),
-        sum(buffer.nbytes for buffer in ranks._buffers.values()),
-        sum(ranks.sent_bytes.get(name, 0) - before.get(name, 0) for name in moved),
+        sum(buffer.nbytes for level in levels for buffer in level._buffers.values()),
+        sum(ranks.sent_bytes[name] - before.get(name, 0) for name in moved),
     )
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+def bf16() -> nn.Module:
+    return mlp(torch.bfloat16)
+
+
 @pytest.mark.parametrize(
-    "made", [mlp, lambda: mlp(torch.bfloat16), lambda: mlp(torch.float16), Awkward]
+    ("made", "world_size", "nodes"),
+    [
+        *itertools.product([mlp, bf16, lambda: mlp(torch.float16), Awkward], [1, 2, 3], [1]),
+        *itertools.product([mlp, bf16], [4], [2]),
+        (bf16, 3, 3),
+    ],
 )
-def test_bytes_are_those_of_an_optimizer(made, world_size):
+def test_bytes_are_those_of_an_optimizer(made, world_size, nodes):
     for bucket_bytes in (9000, 16 * MIB):
         model = made()
         fixed = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
         # Without names: which gradients come at a time is backward's, not the optimizer's.
         trained = Trained([("", param) for param in model.parameters()])
-        plans = trained.plans("", world_size, "gloo", bucket_bytes, 0)
+        plans = trained.plans("", world_size, "gloo", bucket_bytes, 0, nodes)
         expected = [
             (
                 *(plan.footprint.params - fixed, plan.footprint.grads, plan.footprint.state),
@@ -180,6 +195,25 @@ def test_what_fits(capsys):
     rows = [line.split() for line in out.splitlines() if line.startswith("64 ")]
     # 2 * 2 bytes * 63/64 * 7e9 / 50e9
     assert len(rows) == 9 and {row[-2] for row in rows} == {"0.551"}
+
+
+def test_what_is_quickest_between_nodes(capsys):
+    arguments = ("--params", "1e9", "--ranks", 16, "--per-node", 8, "--memory", "40GB")
+    links = ("--link", "100GB/s", "--node-link", "10GB/s", "--transport", "gloo")
+    code, out = planned(capsys, *arguments, *links, "--dtype", "bf16")
+    assert code == 0
+    plain = [line for line in out.splitlines() if line.startswith("16 ") and "plain  " in line]
+    # 1e9 params of 2 bytes, half of it to the other node: flat 8 ranks x twice, else once in fp32
+    # and once as params, or twice in fp32; and 7/8 of it twice in the node.
+    expected = [8 * 2 * 1e9 / 10e9, 3e9 / 10e9 + 3.5e9 / 100e9, 4e9 / 10e9 + 3.5e9 / 100e9]
+    for line, seconds in zip(plain[:3], expected, strict=True):
+        assert float(line.split()[-2]) == pytest.approx(seconds, rel=0.01)
+    assert 'mesh = init_device_mesh("cpu", (2, 8))' in out
+    assert out.endswith("shardadam.AdamW(model.parameters(), lr=lr, mesh=mesh)\n")
+    code, out = planned(capsys, *arguments, "--dtype", "fp32", *links[:4])
+    assert code == 0 and "mesh = " in out  # NCCL's flat ring sends 15/16 where a mesh sends half
+    code, told = planned(capsys, *arguments[:4], "--per-node", 5)
+    assert code == 2 and "--per-node 5: expected a divisor of --ranks, found 16" in told
 
 
 def test_a_model_by_its_import_path(capsys, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shardadam.candidates import Candidate, master_of
+from shardadam.cli.links import SPREADS, Traffic, Transport, Ways, traffic
 from shardadam.gradients import LANES
 from shardadam.kernels.run import state_dtype
 from shardadam.layout import Bucket
@@ -19,7 +20,6 @@ from shardadam.storage import DeviceMemory, Storage
 Grads = Literal["plain", "shard_grads", "update_in_backward"]
 GRADS: tuple[Grads, ...] = ("plain", "shard_grads", "update_in_backward")
 MEMORIES: tuple[Memory, ...] = ("full", "lean", "leanest")
-Transport = Literal["gloo", "nccl"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +44,24 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One way to train on ``world_size`` ranks. ``sent``: bytes per rank and step."""
+    """One way to train on ``ways.world_size`` ranks."""
 
     dtype: str
     grads: Grads
     memory: Memory
-    world_size: int
+    ways: Ways
     footprint: Footprint
-    sent: int
+    traffic: Traffic
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks."""
+        return self.ways.world_size
+
+    @property
+    def sent(self) -> int:
+        """Bytes per rank and step."""
+        return self.traffic.sent
 
 
 _Buckets = Sequence[tuple[Bucket, Storage]]
@@ -74,41 +84,52 @@ class Trained:
         return sum(candidate.param.numel() for candidate in self.candidates)
 
     def plans(
-        self, dtype: str, world_size: int, transport: Transport, bucket_bytes: int, activations: int
+        self,
+        dtype: str,
+        world_size: int,
+        transport: Transport,
+        bucket_bytes: int,
+        activations: int,
+        nodes: int = 1,
     ) -> list[Plan]:
         """Of every mode, those that ask least of the program first.
 
-        ``dtype`` names what the params are; ``transport``: what moves gradients and params.
+        ``dtype`` names what the params are; ``transport``: what moves gradients and params. On
+        several ``nodes``, of every mode with each way to spread it over them.
 
         Raises:
             ValueError: a param that can't be optimized.
         """
+        spreads = SPREADS if nodes > 1 else SPREADS[:1]
+        all_ways = [Ways(spread, nodes, world_size // nodes) for spread in spreads]
         found = []
         for memory in MEMORIES:
             try:
-                buckets = self._lay_out(memory, world_size, bucket_bytes)
+                laid_out = [self._lay_out(memory, ways, bucket_bytes) for ways in all_ways]
             except ValueError:
                 if memory == "full":
                     raise
                 continue  # float64, complex and float16 params have no coded state
-            flat = [bucket.numel * storage.dtype.itemsize for bucket, storage in buckets]
-            state = [s.sizes(s.tensors(s.amsgrad), b.shard_numel) for b, s in buckets]
-            sent = 2 * sum(nbytes * (world_size - 1) // world_size for nbytes in flat)
-            for grads in GRADS:
+            for grads, (ways, buckets) in itertools.product(
+                GRADS, zip(all_ways, laid_out, strict=True)
+            ):
                 if grads == "shard_grads" and world_size == 1:
                     continue  # there is nobody to share them with
+                flat = sum(bucket.numel * how.dtype.itemsize for bucket, how in buckets)
+                state = [s.sizes(s.tensors(s.amsgrad), b.shard_numel) for b, s in buckets]
                 footprint = Footprint(
-                    params=self.fixed_bytes + sum(flat),
+                    params=self.fixed_bytes + flat,
                     grads=self._grads(buckets, grads, world_size),
                     state=sum(map(sum, state)),
-                    transients=_transients(buckets, grads, world_size, transport),
+                    transients=_transients(buckets, grads, ways, transport),
                     activations=activations,
                 )
-                found.append(Plan(dtype, grads, memory, world_size, footprint, sent))
+                moved = traffic(buckets, ways, transport)
+                found.append(Plan(dtype, grads, memory, ways, footprint, moved))
         return found
 
     def _lay_out(
-        self, memory: Memory, world_size: int, bucket_bytes: int
+        self, memory: Memory, ways: Ways, bucket_bytes: int
     ) -> list[tuple[Bucket, Storage]]:
         how = formats(memory, "fp32", "auto")
         options = Options(
@@ -116,7 +137,8 @@ class Trained:
         )
         device = self.candidates[0].param.device
         masters = [master_of(candidate, device, options) for candidate in self.candidates]
-        return plan(self.candidates, masters, world_size, options, DeviceMemory(device))
+        memory_of = DeviceMemory(device)
+        return plan(self.candidates, masters, ways.shards, options, memory_of, ways.parts)
 
     def _grads(self, buckets: _Buckets, grads: Grads, world_size: int) -> int:
         """``param.grad`` and the shards of their mean that are kept."""
@@ -149,22 +171,27 @@ def _shard(bucket: Bucket, storage: Storage) -> int:
     return bucket.shard_numel * state_dtype(storage.dtype).itemsize
 
 
-def _transients(buckets: _Buckets, grads: Grads, world_size: int, transport: Transport) -> int:
+def _transients(buckets: _Buckets, grads: Grads, ways: Ways, transport: Transport) -> int:
     """What `GradReducer.send` and `Communicator.start_reduce_scatter_mean` keep for a lane each."""
-    if world_size == 1:
+    flat, by_ranks = ways.spread == "flat", transport == "gloo"
+    if ways.world_size == 1:
         return 0
     most: dict[tuple[str, int, torch.dtype], int] = {}
     for index, (bucket, storage) in enumerate(buckets):
         lane, dtype = index % LANES, storage.dtype
         packed = bucket.numel * dtype.itemsize
+        peers = ways.world_size if flat else ways.places
         received = packed
-        if transport == "gloo":
-            received -= bucket.shard_numel * dtype.itemsize  # its own is read where it is
-        elif dtype == state_dtype(dtype):
+        if by_ranks:
+            received -= packed // peers  # its own is read where it is
+        elif dtype == state_dtype(dtype) or peers == 1:
             received = 0  # NCCL sums it
         early = grads == "update_in_backward"
         mean = _shard(bucket, storage) if early else 0
-        for name, nbytes in (("packed", packed), ("received", received), ("mean", mean)):
-            key = (name, lane, state_dtype(dtype) if name == "mean" else dtype)
+        node_sum = 0 if flat else bucket.numel * state_dtype(dtype).itemsize // ways.places
+        crossed = node_sum * (ways.nodes - 1) // ways.nodes if by_ranks else 0
+        sums = {"mean": mean, "node sum": node_sum, "crossed": crossed}
+        for name, nbytes in {"packed": packed, "received": received, **sums}.items():
+            key = (name, lane, state_dtype(dtype) if name in sums else dtype)
             most[key] = max(most.get(key, 0), nbytes)
     return sum(most.values())

@@ -86,7 +86,10 @@ def _plan(given: argparse.Namespace) -> int:
         model = modelling.from_import(given.model, given.arguments)
     else:
         model = modelling.from_config(Path(given.model))
-    hardware = Hardware(given.ranks, given.memory, given.link, given.transport)
+    hardware = Hardware(
+        *(given.ranks, given.memory, given.link, given.transport),
+        *(given.per_node, given.node_link),
+    )
     wanted = Wanted(given.dtype, given.activations or 0, given.bucket_bytes)
     return plan(model, hardware, wanted, given.png)
 
@@ -217,6 +220,12 @@ def _describe_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--memory", type=nbytes, metavar="BYTES", help="of a rank, as 80GB")
     command.add_argument(
         "--link", type=bandwidth, metavar="RATE", help="what a rank sends, as 50GB/s or 400Gb/s"
+    )
+    command.add_argument(
+        "--per-node", type=ranks, metavar="S", help="ranks of a node: plan also with mesh="
+    )
+    command.add_argument(
+        "--node-link", type=bandwidth, metavar="RATE", help="what a node sends to others"
     )
     command.add_argument(
         "--activations", type=nbytes, metavar="BYTES", help="of a rank, as measured or estimated"

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardadam.cli.footprint import Plan, Transport
+from shardadam.cli.footprint import Plan
+from shardadam.cli.links import Transport
 from shardadam.cli.modelling import DTYPES, Model
 from shardadam.cli.summary import show_tables, size
 from shardadam.cli.telling import DAMAGED, WHOLE, CommandError
 from shardadam.options import DEFAULT_BUCKET_BYTES
 
 _MOST_RANKS = 1 << 14
+_SPREADS = {"flat": "all, flat", "mesh": "all, mesh", "replicated": "a node, mesh"}
 _NO_WAY = (
     "Nor on more ranks: params, activations and what is in transit are on every rank. Expected "
     "fewer activations, a smaller --bucket-bytes, or params sharded by FSDP2 (docs/fsdp2.md)."
@@ -21,13 +23,34 @@ _NO_WAY = (
 class Hardware:
     """What is at hand, as far as it is known.
 
-    ``ranks``: world sizes. ``memory``: bytes per rank. ``link``: bytes per second a rank sends.
+    ``ranks``: world sizes. ``memory``: bytes per rank. ``link``: bytes per second a rank sends, in
+    its node. ``per_node``: ranks of a node, if there are several. ``node_link``: bytes per second
+    that all of a node's ranks send other nodes, None: as much as they send each other.
     """
 
     ranks: Sequence[int]
     memory: int | None
     link: float | None
     transport: Transport
+    per_node: int | None = None
+    node_link: float | None = None
+
+    def nodes(self, ranks: int) -> int:
+        """How many ``ranks`` are on.
+
+        Raises:
+            CommandError: they don't fill all.
+        """
+        places = self.per_node or ranks
+        if ranks > places and ranks % places:
+            raise CommandError(f"--per-node {places}: expected a divisor of --ranks, found {ranks}")
+        return max(1, ranks // places)
+
+    def seconds(self, plan: Plan) -> float | None:
+        """What a step's exchanges take by the links alone, if they are known."""
+        if self.link is None:
+            return None
+        return plan.traffic.seconds(self.link, self.node_link, plan.ways)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,28 +82,46 @@ def plan(model: Model, hardware: Hardware, wanted: Wanted, png: Path | None) -> 
         if hardware.memory is None
         else f"{size(hardware.memory)} per rank",
         "sent by": hardware.transport
-        + ("" if hardware.link is None else f", {hardware.link / 1e9:g} GB/s per rank"),
+        + ("" if hardware.link is None else f", {hardware.link / 1e9:g} GB/s per rank")
+        + (f", {hardware.node_link / 1e9:g} GB/s per node" if hardware.node_link else ""),
     }
+    spread = any(each.ways.nodes > 1 for each in plans)
     if not wanted.activations:
         facts["not in it"] = "activations (--activations), the framework, fragments"
     if model.note:
         facts["note"] = model.note
-    head = ["ranks", "dtype", "gradients", "memory", "params", "grads", "state", "transit"]
+    head = [
+        "ranks",
+        *["state over"] * spread,
+        "dtype",
+        "gradients",
+        "memory",
+        "params",
+        "grads",
+        "state",
+        "transit",
+    ]
     head += ["activations"] * bool(wanted.activations)
-    head += ["peak", "sent a step", *["seconds"] * (hardware.link is not None)]
+    head += [
+        "peak",
+        "sent a step",
+        *["between nodes"] * spread,
+        *["seconds"] * (hardware.link is not None),
+    ]
     head += ["fits"] * (hardware.memory is not None)
-    rows = [_row(each, hardware, wanted) for each in plans]
+    rows = [_row(each, hardware, wanted, spread=spread) for each in plans]
     numbers = {"ranks", "params", "grads", "state", "transit", "activations", "peak"}
-    numbers |= {"sent a step", "seconds"}
+    numbers |= {"sent a step", "between nodes", "seconds"}
     show_tables(f"plan for {model.name}", facts, [(head, rows)], numbers)
     if png is not None:
         from shardadam.cli.plan_figure import draw
 
-        draw(plans, hardware.memory, f"{model.name}: {trained.numel:,} params", png)
+        flat = [each for each in plans if each.ways.spread == "flat"]
+        draw(flat, hardware.memory, f"{model.name}: {trained.numel:,} params", png)
     if hardware.memory is None:
         return WHOLE
     print()
-    best = [cheapest(plans, ranks, hardware.memory) for ranks in hardware.ranks]
+    best = [cheapest(plans, ranks, hardware) for ranks in hardware.ranks]
     for ranks, found in zip(hardware.ranks, best, strict=True):
         where = f"on {ranks} rank{'s' * (ranks != 1)}"
         if found is None:
@@ -95,7 +136,7 @@ def plan(model: Model, hardware: Hardware, wanted: Wanted, png: Path | None) -> 
             print(f"  {_way_out(model, dtypes, ranks, hardware, wanted) if helps else _NO_WAY}")
         else:
             print(f"{where}, the cheapest that fits leaves {size(_left(found, hardware))}:")
-            for line in constructor(found, model.own, wanted.bucket_bytes):
+            for line in constructor(found, model.own, wanted.bucket_bytes, hardware.transport):
                 print(f"  {line}")
     return WHOLE if all(best) else DAMAGED
 
@@ -108,22 +149,41 @@ def plans_for(
     for dtype in dtypes:
         try:
             found += model.of(dtype).plans(
-                dtype, ranks, hardware.transport, wanted.bucket_bytes, wanted.activations
+                *(dtype, ranks, hardware.transport, wanted.bucket_bytes, wanted.activations),
+                hardware.nodes(ranks),
             )
         except ValueError as error:
             raise CommandError(str(error)) from None
     return found
 
 
-def cheapest(plans: Sequence[Plan], ranks: int, memory: int) -> Plan | None:
-    """The first that fits: they are in order of what they ask of the program and of numerics."""
-    fitting = (p for p in plans if p.world_size == ranks and p.footprint.total <= memory)
-    return next(fitting, None)
+def cheapest(plans: Sequence[Plan], ranks: int, hardware: Hardware) -> Plan | None:
+    """The first that fits: they are in order of what they ask of the program and of numerics.
+
+    Of the ways to spread its mode over nodes, the quickest; without links, what sends least.
+    """
+    memory = hardware.memory
+    assert memory is not None
+    fitting = [p for p in plans if p.world_size == ranks and p.footprint.total <= memory]
+    if not fitting:
+        return None
+    first = fitting[0]
+    mode = first.dtype, first.memory, first.grads
+    alike = [p for p in fitting if (p.dtype, p.memory, p.grads) == mode]
+    return min(alike, key=lambda p: (hardware.seconds(p) or 0, p.traffic.across))
 
 
-def constructor(chosen: Plan, own: str, bucket_bytes: int) -> list[str]:
+def constructor(chosen: Plan, own: str, bucket_bytes: int, transport: Transport) -> list[str]:
     """The lines to write."""
     arguments = ["model.parameters()", "lr=lr"]
+    ways, mesh = chosen.ways, []
+    if ways.spread != "flat":
+        device = "cuda" if transport == "nccl" else "cpu"
+        mesh = [
+            "from torch.distributed.device_mesh import init_device_mesh",
+            f'mesh = init_device_mesh("{device}", ({ways.nodes}, {ways.places}))',
+        ]
+        arguments += ["mesh=mesh", *["replicate_state=True"] * (ways.spread == "replicated")]
     if chosen.grads != "plain":
         arguments.append(f"{chosen.grads}=True")
     if chosen.memory != "full":
@@ -131,7 +191,7 @@ def constructor(chosen: Plan, own: str, bucket_bytes: int) -> list[str]:
     if bucket_bytes != DEFAULT_BUCKET_BYTES:
         arguments.append(f"bucket_bytes={bucket_bytes}")
     cast = [] if chosen.dtype == own else [f"model.to({DTYPES[chosen.dtype]})"]
-    return [*cast, f"optimizer = shardadam.AdamW({', '.join(arguments)})"]
+    return [*cast, *mesh, f"optimizer = shardadam.AdamW({', '.join(arguments)})"]
 
 
 def _left(chosen: Plan, hardware: Hardware) -> int:
@@ -139,14 +199,16 @@ def _left(chosen: Plan, hardware: Hardware) -> int:
     return hardware.memory - chosen.footprint.total
 
 
-def _row(each: Plan, hardware: Hardware, wanted: Wanted) -> list[str]:
+def _row(each: Plan, hardware: Hardware, wanted: Wanted, *, spread: bool) -> list[str]:
     parts = each.footprint
     sums = [parts.params, parts.grads, parts.state, parts.transients]
     sums += [parts.activations] * bool(wanted.activations)
-    row = [str(each.world_size), each.dtype, each.grads, each.memory, *map(size, sums)]
-    row += [size(parts.total), size(each.sent)]
-    if hardware.link is not None:
-        row.append(f"{each.sent / hardware.link:.3g}")
+    row = [str(each.world_size), *[_SPREADS[each.ways.spread]] * spread]
+    row += [each.dtype, each.grads, each.memory, *map(size, sums)]
+    row += [size(parts.total), size(each.sent), *[size(each.traffic.across)] * spread]
+    seconds = hardware.seconds(each)
+    if seconds is not None:
+        row.append(f"{seconds:.3g}")
     if hardware.memory is not None:
         row.append("yes" if parts.total <= hardware.memory else "no")
     return row
@@ -159,7 +221,7 @@ def _way_out(
     assert hardware.memory is not None
     more = ranks
     while (more := 2 * more) <= _MOST_RANKS:
-        found = cheapest(plans_for(model, dtypes, more, hardware, wanted), more, hardware.memory)
+        found = cheapest(plans_for(model, dtypes, more, hardware, wanted), more, hardware)
         if found is not None:
             return f"It would on {more} ranks, with {found.dtype}, {found.grads}, {found.memory}."
     return _NO_WAY
