@@ -1,4 +1,4 @@
-"""The one error for what is wrong with a checkpoint."""
+"""The error for what is wrong with a checkpoint, and one kind of it."""
 
 
 class CheckpointError(ValueError):
@@ -6,3 +6,7 @@ class CheckpointError(ValueError):
 
     What the operating system reports (a full disk, a missing permission) stays an OSError.
     """
+
+
+class OtherVersion(CheckpointError):
+    """Its format is of another version: it may well be whole, so none that is older replaces it."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from shardadam.agreement import Point, digest
 from shardadam.checkpoint import folders
-from shardadam.checkpoint.errors import CheckpointError
+from shardadam.checkpoint.errors import CheckpointError, OtherVersion
 from shardadam.checkpoint.filling import write_shard
 from shardadam.checkpoint.fitting import Fit, Fitter
 from shardadam.checkpoint.progress import Bar
@@ -56,7 +56,8 @@ def load(
 
     At any world size, whatever the buckets, strides and master weights: what can be exact is. All
     of it is verified, and compared with the objects, before anything is changed. A checkpoint that
-    is not whole is skipped, with a warning; one that does not fit is an error.
+    is not whole is skipped, with a warning; one that does not fit, or that another version of the
+    format wrote, is an error.
 
     Args:
         directory: what `save` was given.
@@ -69,7 +70,8 @@ def load(
         process_group: as in `save`.
 
     Raises:
-        CheckpointError: no checkpoint is whole, or the newest does not fit; nothing has changed.
+        CheckpointError: no checkpoint is whole, or the newest does not fit or is of another version
+            of the format; nothing has changed.
         RuntimeError: a rank failed; if reading broke off, the optimizer says so from now on. This
             and the others on every rank.
     """
@@ -82,6 +84,8 @@ def load(
         try:
             try:
                 opened = _open(communicator, path)
+            except OtherVersion:
+                raise
             except CheckpointError as error:
                 skipped.append((path, str(error)))
                 text = f"{path} is not whole, skipped: {error}"
@@ -103,12 +107,18 @@ def load(
 
 
 def latest(directory: str | Path) -> Path | None:
-    """The newest checkpoint that is whole, every byte verified; None if there is none. Local."""
+    """The newest checkpoint that is whole, every byte verified; None if there is none. Local.
+
+    Raises:
+        CheckpointError: of what may be the newest, the format is of another version.
+    """
     for candidate in folders.candidates(Path(directory)):
         try:
             with Opened(candidate.path) as opened:
                 opened.check(range(len(opened.manifest.files)), 0)
             return candidate.path
+        except OtherVersion:
+            raise
         except CheckpointError:
             continue
     return None

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import xxhash
 
-from shardadam.checkpoint.errors import CheckpointError
+from shardadam.checkpoint.errors import CheckpointError, OtherVersion
 from shardadam.checkpoint.parts import PARTS, dtype_of, may_have, parts_of, saved_format
 from shardadam.kernels.state_formats import FORMATS, part_of
 
@@ -195,7 +195,8 @@ def read(text: bytes, where: str) -> Manifest:
     """Read manifest.json; ``where`` is what errors call it.
 
     Raises:
-        CheckpointError: it is damaged, of another version, or contradicts itself.
+        OtherVersion: of the format.
+        CheckpointError: it is damaged, or contradicts itself.
     """
     start = len(_PREFIX) + 32
     body = text[start + len(_MIDDLE) : -len(_SUFFIX)]
@@ -212,11 +213,16 @@ def read(text: bytes, where: str) -> Manifest:
     try:
         return _manifest(value)
     except _Wrong as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        kind = OtherVersion if isinstance(error, _WrongVersion) else CheckpointError
+        raise kind(f"{where}: {error}") from error
 
 
 class _Wrong(Exception):
     """Found in a manifest; `read` adds where."""
+
+
+class _WrongVersion(_Wrong):
+    pass
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -230,11 +236,13 @@ def _no_constant(text: str) -> None:
     raise ValueError(f"{text}, which is no JSON")
 
 
-def _expect(good: bool, what: str, expected: str, found: object) -> None:
+def _expect(
+    good: bool, what: str, expected: str, found: object, kind: type[_Wrong] = _Wrong
+) -> None:
     if not good:
         text = repr(found)
         text = text if len(text) < 100 else text[:100] + "…"
-        raise _Wrong(f"{what}: expected {expected}, found {text}")
+        raise kind(f"{what}: expected {expected}, found {text}")
 
 
 def _is_int(value: object, high: int = _LIMIT) -> bool:
@@ -251,6 +259,7 @@ def _manifest(value: Any) -> Manifest:
         "format version",
         f"{VERSION} (a newer shardadam may read it)",
         version,
+        _WrongVersion,
     )
     names = {"format", "version", "attempt", "step", "world_size", "entries", "files", "documents"}
     _expect(set(value) == names, "names", str(sorted(names)), sorted(value))

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 
 from shardadam.agreement import Point, Range, meet
-from shardadam.checkpoint.errors import CheckpointError
+from shardadam.checkpoint.errors import CheckpointError, OtherVersion
 from shardadam.collectives import Communicator
 
 
@@ -42,6 +42,7 @@ def together(
 
 _KINDS: dict[str, type[Exception]] = {
     "CheckpointError": CheckpointError,
+    "OtherVersion": OtherVersion,
     "ValueError": ValueError,
     "OSError": OSError,
 }
