@@ -108,6 +108,10 @@ class FlatBucket:
         """What this rank has of each param, see `Params`."""
         return self.memory.views
 
+    def describe(self) -> str:
+        """As `Storage.describe`."""
+        return self._storage.describe()
+
     def fill_masters(self) -> None:
         """Make fp32 masters of what the params are."""
         if self.master == "master":

@@ -165,10 +165,6 @@ class Options:
             return f"summed exactly over {self.exact_microbatches} microbatches"
         return "sharded in backward" if self.shard_grads else f"grad_sync={self.grad_sync!r}"
 
-    def describe_state(self) -> str:
-        """How the state is kept, for the user."""
-        return f"state={self.state!r}, master={self.master!r}"
-
     def lines(self) -> list[str]:
         """What must be equal on every rank, a line each; its directory may be a rank's own."""
         own = ("process_group", "mesh", "offload")

@@ -232,7 +232,7 @@ class ShardedState(torch.optim.Optimizer):
 
     @on_the_wrapped
     def __repr__(self) -> str:
-        """Torch's, and what runs: ranks, gradients, memory, kernel."""
+        """Torch's, and what runs: ranks, stage, overlap, precision, memory, kernel."""
         if not self._sharded:
             return super().__repr__()
         ranks = self._communicator
@@ -241,13 +241,14 @@ class ShardedState(torch.optim.Optimizer):
         beside = (
             "" if self._gate is None else f"gathered beside {self._gate.model_name}'s forward, "
         )
+        kinds = " and of ".join(dict.fromkeys(bucket.describe() for bucket in self._buckets))
         distributed = sum(len(b.params) for b in self._buckets if not b.exchanged)
         if distributed:
             beside += f"{distributed} DTensors updated where they are, "
         return (
             f"{super().__repr__()}\n"
             f"sharded: {ranks.describe()}, "
-            f"{self._options.describe_grads()}, {beside}{len(self._buckets)} buckets, "
-            f"{self._options.describe_state()}: {held:,} bytes {self._memory.where()}, "
+            f"{self._options.describe_grads()}, {beside}{len(self._buckets)} buckets "
+            f"of {kinds or 'nothing'}, state of {held:,} bytes {self._memory.where()}, "
             f"{padding:,} of them padding, update by {self._backend.name}"
         )

@@ -60,6 +60,9 @@ class PinnedMemory:
         return "in this rank's host memory"
 
 
+_OPTIONS = {"master": "fp32", "remainder": "split", "remainder8": "split8"}
+
+
 @dataclass(frozen=True, slots=True)
 class Storage:
     """How and where a bucket's state is stored, and where its random bits come from.
@@ -81,6 +84,12 @@ class Storage:
         names = self.form.tensors(amsgrad).values()
         moments = {name: self.form.dtype(name, self.dtype) for name in names}
         return moments if self.master is None else {**moments, self.master: MASTERS[self.master]}
+
+    def describe(self) -> str:
+        """What is stored, for the user; masters by the name of the option."""
+        moments = "fp64" if self.dtype == torch.float64 else self.form.name
+        master = "" if self.master is None else f" and master={_OPTIONS[self.master]!r}"
+        return f"{str(self.dtype).removeprefix('torch.')} params with {moments} moments{master}"
 
     @staticmethod
     def sizes(tensors: Mapping[str, torch.dtype], numel: int) -> list[int]:

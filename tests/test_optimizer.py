@@ -265,9 +265,14 @@ def test_the_mean_of_gradients_read_in_place_needs_no_copy():
 
 def test_repr_says_what_runs():
     text = repr(shardadam.AdamW(mlp().parameters()))
-    assert "rank 0 of 1 (none), grad_sync='mean', 1 buckets" in text
+    assert "rank 0 of 1 (none), grad_sync='mean', 1 buckets of float32 params with fp32" in text
     assert "update by compiled CPU twin (" in text
     assert "lr: 0.001" in text
+    params = [nn.Parameter(torch.ones(4, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
+    text = repr(shardadam.AdamW(params, state="q8", master="split8", shard_grads=True))
+    assert "sharded in backward, 2 buckets of " in text
+    assert "bfloat16 params with q8 moments and master='split8'" in text
+    assert "of float32 params with q8 moments" in text
 
 
 def test_gradients_that_are_lazily_conjugated_negated_or_expanded():
