@@ -45,6 +45,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from shardadam import AdamW, checkpoint
+from shardadam.integrations.tensorboard import StepLog
 
 OURS, THEIRS = "shardadam.AdamW", "torch.optim.AdamW"
 MAX_GRAD_NORM = 1.0
@@ -86,6 +87,9 @@ def parse_args() -> argparse.Namespace:
         help="text to learn, not the standard library",
     )
     files.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="for results")
+    files.add_argument(
+        "--tensorboard", type=Path, metavar="DIR", help=f"for scalars of {OURS}'s steps"
+    )
     flow = parser.add_argument_group("flow")
     flow.add_argument("--resume", action="store_true", help="go on from the checkpoints in DIR")
     flow.add_argument(
@@ -157,6 +161,9 @@ def train(
         if name == THEIRS:
             set_optimizer_state_dict(model, optimizer, found, options=FLAT)
 
+    log = None
+    if name == OURS and args.tensorboard is not None:
+        log = StepLog(optimizer, args.tensorboard, steps_before=len(losses))
     tokens_per_step = args.batch_size * args.context
     started, started_at = time.perf_counter(), len(losses)
     stopped = False
@@ -188,6 +195,8 @@ def train(
                 if name == THEIRS:
                     extras |= get_optimizer_state_dict(model, optimizer, options=FLAT)
                 checkpoint.save(directory, step=len(losses), **saved, extras=extras, keep=1)
+    if log is not None:
+        log.close()
     if stopped:
         console.print(
             f"Saved {name} after step {len(losses)} of {args.steps}. Go on, on any number of ranks "

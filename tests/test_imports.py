@@ -40,7 +40,7 @@ LEVELS = [
     ["sharded_params"],
     ["optimizer"],
     ["adam", "integrations", "integrations.ddp"],
-    ["integrations.deepspeed", "integrations.huggingface"],
+    ["integrations.deepspeed", "integrations.huggingface", "integrations.tensorboard"],
     ["checkpoint.errors", "checkpoint.parts"],
     ["checkpoint.manifest", "checkpoint.plain", "checkpoint.progress", "checkpoint.together"],
     ["checkpoint.folders", "checkpoint.rng", "checkpoint.tensorfile"],
@@ -214,7 +214,7 @@ start = time.process_time()
 import shardadam
 print(time.process_time() - start)
 new = set(sys.modules) - before
-optional = {'accelerate', 'cuda', 'deepspeed', 'lightning', 'rich', 'transformers'}
+optional = {'accelerate', 'cuda', 'deepspeed', 'lightning', 'rich', 'tensorboard', 'transformers'}
 assert not any(name.split('.')[0] in optional for name in new), new
 assert 'libshardadam' not in open('/proc/self/maps').read() if sys.platform == 'linux' else True
 """
