@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from shardadam import AdamW, checkpoint
+from shardadam import AdamW, checkpoint, elastic
 from shardadam.integrations.tensorboard import StepLog
 
 OURS, THEIRS = "shardadam.AdamW", "torch.optim.AdamW"
@@ -104,8 +104,7 @@ def main() -> None:
     """Train, train the baseline, report."""
     args = parse_args()
     interruption = Interruption()
-    if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")
+    elastic.init_process_group("gloo")
     console = Console(quiet=rank() != 0, highlight=False)
     if args.batch_size % world_size():
         console.print(f"--batch-size {args.batch_size} can't be split over {world_size()} ranks.")
