@@ -26,7 +26,7 @@ CORES = $(shell { lscpu -p=Core,Socket | grep '^[0-9]' | sort -u | wc -l; nproc;
 	sysctl -n hw.physicalcpu; } 2>/dev/null | sort -n | awk '$$1 > 0 { print $$1; exit }')
 THREADS = $(shell echo $$(($(CORES) > $(RANKS) ? $(CORES) / $(RANKS) : 1)))
 
-.PHONY: help setup demo test faults check bench quality bench-parts docs format clean
+.PHONY: help setup demo test faults slurm check bench quality bench-parts docs format clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets (the default)
@@ -62,6 +62,12 @@ test: $(READY) ## run the tests; ARGS go to pytest
 
 faults: $(READY) ## make everything go wrong, often, for half an hour, and print a table
 	SHARDADAM_TEST_ALL_WORLDS=1 $(BIN)/pytest -m fault --full $(ARGS)
+
+slurm: ## unpack Debian's SLURM into build/slurm, for tests/test_slurm.py; nothing is installed
+	@mkdir -p build/slurm/packages
+	@cd build/slurm/packages && apt-get -qq download \
+		slurmctld slurmd slurm-client slurm-wlm-basic-plugins libhwloc15 libmunge2
+	@for package in build/slurm/packages/*.deb; do dpkg -x $$package build/slurm; done
 
 check: $(READY) ## lint, formatting, types, and files under 400 lines
 	$(BIN)/ruff check .

@@ -14,5 +14,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # restarts over gloo fail. With this each attempt has a store of its own; elastic.init_process_group
 # does not need it.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# Seconds that ranks have for saving after SIGTERM: torchrun gives them 30, then kills.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
 
 exec torchrun --standalone --nproc-per-node "${RANKS:-auto}" --max-restarts "${RESTARTS:-3}" "$@"

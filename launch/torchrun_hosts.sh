@@ -22,7 +22,9 @@ else
 fi
 export GLOO_SOCKET_IFNAME="${INTERFACE:-$device}" NCCL_SOCKET_IFNAME="${INTERFACE:-$device}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # as in torchrun.sh
+# As in torchrun.sh.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
 
 exec torchrun --nnodes "$HOSTS" --nproc-per-node "${RANKS:-auto}" \
   --rdzv-backend c10d --rdzv-endpoint "$HEAD:${PORT:-29400}" --rdzv-conf "is_host=$is_head" \

@@ -1,12 +1,14 @@
 """A training that is disturbed by what the environment says; run by torchrun.
 
 DISTURBED: ``attempt:rank:step:signal`` of each disturbance, separated by blanks.
+A file "slow" in the folder: while it is there, a step takes half a second.
 """
 
 import hashlib
 import os
 import signal
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,10 +40,13 @@ def main(folder: str, steps: int) -> None:
     batches = elastic.Batches(len(inputs), batch_size=48)
     run = elastic.Run(folder, every=4, model=model, optimizer=optimizer, lr_scheduler=scheduler)
     started = run.step
+    print(f"rank {rank} starts at step {started}", flush=True)
     for step in run.steps(steps):
         asked = disturbed.get((attempt, str(rank), str(step)))
         if asked is not None:
             os.kill(os.getpid(), asked)
+        if Path(folder, "slow").exists():
+            time.sleep(0.5)
         mine = batches.of(step)
         loss = F.mse_loss(model(inputs[mine]), targets[mine])
         loss.backward()
@@ -58,4 +63,8 @@ def main(folder: str, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    try:
+        main(sys.argv[1], int(sys.argv[2]))
+    except elastic.Preempted as asked:
+        print(asked, flush=True)
+        raise
