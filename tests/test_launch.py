@@ -1,4 +1,4 @@
-"""The files that start ranks: they are well-formed, and torchrun's and MPI's start some."""
+"""The files that start ranks: they are well-formed, and those for one host start some."""
 
 import json
 import os
@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-LAUNCH = ROOT / "launch"
-SCRIPT = Path(__file__).with_name("elastic_run.py")
+from launched import LAUNCH, launch
+
 SHELL = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 
 
@@ -60,100 +59,11 @@ def test_the_pytorchjob_fits_kubeflows_models(monkeypatch):
     assert client.sanitize_for_serialization(found) == job
 
 
-def launch(name: str, folder: Path, **environment: str) -> str:
-    """The digest of the params after a run that ``name`` starts."""
-    folder.mkdir()
-    done = subprocess.run(
-        [LAUNCH / name, SCRIPT, folder, "9"],
-        env={
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
-            "RANKS": "2",
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return (folder / "result").read_text().split()[0]
-
-
 def test_torchrun_starts_ranks_and_starts_them_again(tmp_path):
     undisturbed = launch("torchrun.sh", tmp_path / "one")
     assert launch("torchrun.sh", tmp_path / "two", DISTURBED="0:1:6:SIGKILL") == undisturbed
     hosts = {"HEAD": "127.0.0.1", "HOSTS": "1", "PORT": "29417"}
     assert launch("torchrun_hosts.sh", tmp_path / "three", **hosts) == undisturbed
-
-
-@pytest.fixture
-def hosts():
-    """Two network namespaces, joined by a cable."""
-    if os.geteuid() or not shutil.which("ip"):
-        pytest.skip("network namespaces need root, and ip of iproute2")
-    names = [f"shardadam-{os.getpid()}-{number}" for number in (1, 2)]
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip(
-            "link",
-            "add",
-            "eth0",
-            "netns",
-            names[0],
-            "type",
-            "veth",
-            "peer",
-            "eth0",
-            "netns",
-            names[1],
-        )
-        for number, name in enumerate(names, 1):
-            inside = ("-n", name)
-            ip(*inside, "address", "add", f"10.77.0.{number}/24", "dev", "eth0")
-            ip(*inside, "link", "set", "eth0", "up")
-            ip(*inside, "link", "set", "lo", "up")
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no network namespaces here: {error.stderr}")
-    else:
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
-
-
-@pytest.mark.timeout(200)
-def test_torchrun_starts_ranks_on_two_hosts_and_starts_them_again(hosts, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "DISTURBED": "0:1:6:SIGKILL",
-        **{"HEAD": "10.77.0.1", "HOSTS": "2", "RANKS": "1"},
-    }
-    command = [LAUNCH / "torchrun_hosts.sh", SCRIPT, folder, "9"]
-    started = [
-        subprocess.Popen(
-            ["ip", "netns", "exec", host, *command],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for host in hosts
-    ]
-    outputs = [process.communicate(timeout=150)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
-    again = (folder / "result").read_text().split()
-    assert again[1] == "4"  # from the checkpoint
-    assert again[0] == launch("torchrun.sh", tmp_path / "one host")
 
 
 @pytest.mark.skipif(not shutil.which("mpirun"), reason="no mpirun here (Debian: openmpi-bin)")
@@ -162,3 +72,9 @@ def test_mpi_starts_ranks(tmp_path):
     environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     mpi = launch("mpirun.sh", tmp_path / "mpi", **environment)
     assert mpi == launch("torchrun.sh", tmp_path / "torchrun")
+
+
+def test_deepspeeds_launcher_starts_ranks(tmp_path):
+    pytest.importorskip("deepspeed", reason="deepspeed is not in the test extra here")
+    deepspeed = launch("deepspeed.sh", tmp_path / "deepspeed")
+    assert deepspeed == launch("torchrun.sh", tmp_path / "torchrun")
