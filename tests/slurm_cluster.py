@@ -116,6 +116,7 @@ class Cluster:
         return subprocess.Popen(
             host.command(self._programs[program], "-D", *arguments),
             env=ENVIRONMENT | self._environment,
+            cwd=self.folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,  # the log has it
         )

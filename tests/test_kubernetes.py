@@ -64,6 +64,7 @@ def undisturbed(out: Path) -> list[str]:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.fault("Kubernetes: the first pod killed and made again", "the same bits")
 def test_pods_end_as_an_undisturbed_run_does(tmp_path):
     yaml = pytest.importorskip("yaml", reason="PyYAML comes with the dev extra")
     service, job = yaml.safe_load_all((LAUNCH / "kubernetes/indexed_job.yaml").read_text())

@@ -34,6 +34,7 @@ def test_recovers_from_a_killed_worker():
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.fault("Ray: a rank killed", "the same bits")
 def test_the_launch_file_starts_a_script_again(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()

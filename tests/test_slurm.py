@@ -52,6 +52,7 @@ class Job:
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.fault("SLURM: signalled, preempted, a node lost, requeued", "the same bits")
 def test_a_job_goes_on_after_all_that_slurm_does_to_it(tmp_path):
     with slurm_cluster(tmp_path) as cluster:
         job = Job(cluster)
