@@ -1,6 +1,7 @@
 """A training that is disturbed by what the environment says; run by torchrun.
 
 DISTURBED: ``attempt:rank:step:signal`` of each disturbance, separated by blanks.
+TIMEOUT_S: of the process group; by default a minute.
 A file "slow" in the folder: while it is there, a step takes half a second.
 """
 
@@ -22,7 +23,9 @@ from shardadam import elastic
 
 def main(folder: str, steps: int) -> None:
     torch.set_num_threads(1)
-    elastic.init_process_group("gloo", timeout=timedelta(seconds=60))
+    elastic.init_process_group(
+        "gloo", timeout=timedelta(seconds=int(os.environ.get("TIMEOUT_S", "60")))
+    )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     rank = int(os.environ.get("RANK", "0"))
     disturbed = {
