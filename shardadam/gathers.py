@@ -1,6 +1,7 @@
 """Updated params on their way to every rank, and who waits for them."""
 
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ class Gathers:
     def __init__(self, communicator: Communicator, whole: Callable[[FlatBucket], None]) -> None:
         self._communicator, self._whole = communicator, whole
         self._under_way: dict[FlatBucket, tuple[Exchange, list[Tensor]]] = {}
+        weakref.finalize(self, _leave, self._under_way)
 
     @property
     def under_way(self) -> bool:
@@ -45,3 +47,14 @@ class Gathers:
         """Until all params are whole."""
         if self._under_way:
             self.wait(list(self._under_way))
+
+
+# Of optimizers that are gone. gloo breaks off the connection when data comes for a receive that
+# nobody holds any more, and with it what other optimizers exchange.
+_left: list[Exchange] = []
+
+
+def _leave(under_way: Mapping[FlatBucket, tuple[Exchange, list[Tensor]]]) -> None:
+    """Keep what an optimizer leaves under way until it is done."""
+    _left[:] = [exchange for exchange in _left if not exchange.done()]
+    _left.extend(exchange for exchange, _ in under_way.values())

@@ -1,7 +1,9 @@
 """overlap_gather(): step() returns while params are gathered, and modules wait for theirs."""
 
 import copy
+import gc
 import pickle
+import time
 
 import pytest
 import torch
@@ -309,3 +311,23 @@ def compiled_step(rank: int) -> None:
 
 def test_a_step_in_a_compiled_region():
     run_ranks(2, compiled_step)
+
+
+def discarded(rank: int) -> None:
+    for _ in range(6):
+        model = nn.Sequential(nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 300))
+        optimizer = shardadam.AdamW(model.parameters(), bucket_bytes=20_000)
+        optimizer.overlap_gather(model)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.ones(4, 300)).sum().backward()
+            optimizer.step()
+        assert optimizer._gathers.under_way
+        if rank == 1:
+            time.sleep(0.2)
+        del model, optimizer
+        gc.collect()
+
+
+def test_an_optimizer_discarded_while_it_gathers_leaves_the_next_one_alone():
+    run_ranks(2, discarded, timeout_s=60, peer_timeout_s=10)
