@@ -14,7 +14,6 @@ or compute: so the alarm is raised also by the neighbour of a process that dies 
 
 from __future__ import annotations
 
-import atexit
 import json
 import logging
 import os
@@ -23,13 +22,14 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from multiprocessing import util
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
 from shardadam.flight import whereabouts
-from shardadam.lifeline import Lifeline, own_address
+from shardadam.lifeline import Lifeline, own_address, own_machine
 
 _ASKED = "answer"
 _ANSWERS_WITHIN_S = 1.0
@@ -81,7 +81,9 @@ class Alarm:
         )
         self._listener.start()
         self._watcher.start()
-        atexit.register(self._leave, os.getpid())
+        # Not atexit: forked processes of multiprocessing run nothing of that. Those that are
+        # forked from this one don't call it.
+        util.Finalize(None, self._leave, exitpriority=0)
 
     def ask(self, ranks: Sequence[int]) -> str:
         """Where ``ranks`` of the default group are, and which give no sign of life.
@@ -139,11 +141,18 @@ class Alarm:
             key = self._key("address", following)
             if not store.check([key]):
                 return None
-            host, port = store.get(key).decode().rsplit(" ", 1)
+            host, port, machine = store.get(key).decode().split(" ")
+            if host.startswith(("127.", "::1")) and machine != own_machine():
+                # What listens there is not that rank, and nothing that listens not its death.
+                raise OSError(
+                    f"on its machine MASTER_ADDR leads to {host}: expected an address by which "
+                    "others reach it"
+                )
             return host, int(port)
 
         try:
-            store.set(self._key("address", self._rank), "{} {}".format(*self._lifeline.address))
+            host, port = self._lifeline.address
+            store.set(self._key("address", self._rank), f"{host} {port} {own_machine()}")
             self._lifeline.watch(find, lambda: self._wake(store))
         except OSError as error:
             _log.warning(
@@ -177,17 +186,16 @@ class Alarm:
                 _tell(range(self._world_size), self._answers),
             )
 
-    def _leave(self, process: int) -> None:
+    def _leave(self) -> None:
         """Say that this process ends: waiting for it is in vain. Ends the thread, too.
 
         A thread that returned to Python later, during the interpreter's end, would abort it.
         """
-        if os.getpid() != process:
-            return
         self._lifeline.end()
         if self._answered or self._lost or not self._listener.is_alive():
             return
-        error = getattr(sys, "last_value", None)
+        # multiprocessing calls this while the exception is still under way.
+        error = sys.exc_info()[1] or getattr(sys, "last_value", None)
         ended = "" if error is None else f": {type(error).__name__}: {error}"
         closed = (
             f"rank {self._rank} has ended{ended}; nobody can be asked about the others, since it "

@@ -10,6 +10,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 5}  # 15 s in all
 _FAREWELL = b"."
@@ -40,7 +41,7 @@ class Lifeline:
         Returns when that rank, or this one, has said farewell; calls ``lost`` if it dies.
 
         Raises:
-            OSError: it can't be connected to.
+            OSError: it can't be connected to; or ``find`` raised it.
         """
         while (address := find()) is None:
             if self._ending.wait(0.1):
@@ -92,6 +93,12 @@ def own_address(host: str, port: int) -> str:
     with socket.create_connection((host, port), _CONNECT_WITHIN_S) as connection:
         address: str = connection.getsockname()[0]
         return address
+
+
+def own_machine() -> str:
+    """Where this process's loopback addresses lead to: differs between hosts, and containers."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ''}"
 
 
 def _let_go(lifeline: Lifeline | None) -> None:

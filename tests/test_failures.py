@@ -7,8 +7,11 @@ import os
 import re
 import resource
 import signal
+import socket
 import sys
 import time
+from datetime import timedelta
+from multiprocessing import util
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from models import loss_of, mlp, train
 from ranks import run_ranks
 from shardadam import checkpoint
 from shardadam.checkpoint import tensorfile
+from shardadam.lifeline import Lifeline
 
 WITHIN_S = 2.0  # of the death
 TIMEOUT_S = 3.0
@@ -201,12 +205,71 @@ def test_a_rank_that_ends_has_said_why(error):
         assert f": rank 2 has ended{why}; rank" in text
 
 
-def late(rank: int) -> str:
+def leaves_as_a_process(rank: int, error: Exception | None) -> str:
+    """Rank 2 ends as a forked `multiprocessing.Process` does, which runs nothing of atexit."""
     model = mlp()
     optimizer = shardadam.AdamW(model.parameters())
     train(model, optimizer, range(1))
     if rank == LOST:
-        dist.recv(next(model.parameters()).data, src=0)  # of which the others know nothing
+        try:
+            if error is not None:
+                raise error
+        finally:  # as Process._bootstrap()
+            util._exit_function()
+            os._exit(1)
+    if error is None:
+        records = logged()
+        time.sleep(2.0)  # longer than an alarm takes
+        assert [record.getMessage() for record in records] == []
+    with pytest.raises(RuntimeError) as caught:
+        train(model, optimizer, range(1))
+    return str(caught.value)
+
+
+@pytest.mark.fault("a process of multiprocessing leaves: {error}", "an error that says why")
+@pytest.mark.parametrize("error", [None, ValueError("the data set is empty")])
+def test_a_forked_rank_that_ends_is_not_taken_for_dead(error):
+    why = "" if error is None else ": ValueError: the data set is empty"
+    for text in run_ranks(3, leaves_as_a_process, error, lost=[LOST])[:2]:
+        assert f": rank 2 has ended{why}; rank" in text
+
+
+def knows_itself_by_loopback(rank: int) -> list[str]:
+    """What is logged where rank 1 is on another host, whose own name leads to 127.0.0.1 there."""
+    records = logged()
+    if rank == 1:
+        socket.gethostname = lambda: "another"
+        begin = Lifeline.__init__
+
+        def elsewhere(lifeline: Lifeline, host: str) -> None:
+            begin(lifeline, host)
+            lifeline.address = (host, 1)  # nobody listens there, here
+
+        Lifeline.__init__ = elsewhere
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    time.sleep(2.5)
+    train(model, optimizer, range(1))
+    return [record.getMessage() for record in records]
+
+
+def test_a_loopback_address_of_another_host_is_not_watched():
+    for rank, texts in enumerate(run_ranks(3, knows_itself_by_loopback, lost=[2])[:2]):
+        assert [re.sub(r" \(.*\)", "", text) for text in texts] == [
+            f"rank {rank} can't watch rank {rank + 1}: if that dies, it is noticed where an "
+            "exchange with it fails"
+        ]
+
+
+def late(rank: int) -> str:
+    # With connections of its own: those of the default group break when others' time is over.
+    group = dist.new_group(timeout=timedelta(seconds=60))
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    if rank == LOST:
+        dist.barrier(group)  # of which the others know nothing
     with pytest.raises(RuntimeError) as caught:
         train(model, optimizer, range(1))
     return str(caught.value)
@@ -216,7 +279,9 @@ def late(rank: int) -> str:
 def test_a_rank_that_waits_elsewhere_is_shown_with_its_line():
     for text in run_ranks(3, late, lost=[LOST], peer_timeout_s=TIMEOUT_S)[:2]:
         assert "no sign of life" not in text
-        assert re.search(r"rank 2 is after step 1, at test_failures.py:\d+: dist.recv\(next", text)
+        assert re.search(
+            r"rank 2 is after step 1, at test_failures.py:\d+: dist.barrier\(group", text
+        )
 
 
 def skewed(rank: int) -> str:
