@@ -31,7 +31,8 @@ import torch.distributed as dist
 from shardadam.flight import whereabouts
 from shardadam.lifeline import Lifeline, own_address, own_machine
 
-_ASKED = "answer"
+_ASKED, _ENDED = "answer", "ended"
+_STALE_S = 10.0
 _ANSWERS_WITHIN_S = 1.0
 _FOREVER = timedelta(days=365)
 _STORE_LOST = (
@@ -73,6 +74,7 @@ class Alarm:
         self._asks = self._answered = self._lost = False
         self._closed = ""
         self._answers: dict[int, dict[str, str]] | None = None
+        self._told = 0.0
         inner = _innermost(store)
         self._lifeline = Lifeline(own_address(inner.host, inner.port))
         self._listener, self._watcher = (
@@ -85,10 +87,11 @@ class Alarm:
         # forked from this one don't call it.
         util.Finalize(None, self._leave, exitpriority=0)
 
-    def ask(self, ranks: Sequence[int]) -> str:
-        """Where ``ranks`` of the default group are, and which give no sign of life.
+    def ask(self) -> str:
+        """Where the ranks of the default group are, and which give no sign of life.
 
-        Takes little more than a second, whatever has become of them.
+        Takes little more than a second, whatever has become of them. Asked once: what has failed
+        can't be mended in a process.
         """
         if self._answers is None and not self._closed:
             self._asks = True
@@ -98,7 +101,11 @@ class Alarm:
             self._lost = self._listener.is_alive() or self._answers is None
         if self._closed:
             return self._closed
-        return _STORE_LOST if self._answers is None else _tell(ranks, self._answers)
+        if self._answers is None:
+            return _STORE_LOST
+        age = time.monotonic() - self._told
+        told = _tell(range(self._world_size), self._answers)
+        return told if age < _STALE_S else f"{told} (that was {age:.0f} s ago)"
 
     def _ask(self) -> None:
         try:
@@ -141,7 +148,10 @@ class Alarm:
             key = self._key("address", following)
             if not store.check([key]):
                 return None
-            host, port, machine = store.get(key).decode().split(" ")
+            found = store.get(key).decode()
+            if found == _ENDED:
+                return None
+            host, port, machine = found.split(" ")
             if host.startswith(("127.", "::1")) and machine != own_machine():
                 # What listens there is not that rank, and nothing that listens not its death.
                 raise OSError(
@@ -175,7 +185,8 @@ class Alarm:
                 return
             self._answered = True
             self._answer(store, {"alive": whereabouts()})
-            self._answers = self._collect(store)
+            answers = self._collect(store)
+            self._told, self._answers = time.monotonic(), answers
         except (RuntimeError, dist.DistError):
             return  # the store is gone; whoever needs it says so
         if not self._asks:
@@ -183,7 +194,7 @@ class Alarm:
                 "rank %d of %d: a rank has died, or waited for another in vain. %s",
                 self._rank,
                 self._world_size,
-                _tell(range(self._world_size), self._answers),
+                _tell(range(self._world_size), answers),
             )
 
     def _leave(self) -> None:
@@ -191,6 +202,10 @@ class Alarm:
 
         A thread that returned to Python later, during the interpreter's end, would abort it.
         """
+        try:
+            self._store.set(self._key("address", self._rank), _ENDED)
+        except (RuntimeError, dist.DistError):
+            pass  # the store is gone
         self._lifeline.end()
         if self._answered or self._lost or not self._listener.is_alive():
             return

@@ -41,16 +41,18 @@ class Lifeline:
         Returns when that rank, or this one, has said farewell; calls ``lost`` if it dies.
 
         Raises:
-            OSError: it can't be connected to; or ``find`` raised it.
+            OSError: it can't be connected to; or ``find`` raised it. That is no proof of a death: a
+                firewall refuses, too.
         """
         while (address := find()) is None:
             if self._ending.wait(0.1):
                 return
         try:
             self._watched = socket.create_connection(address, _CONNECT_WITHIN_S)
-        except ConnectionRefusedError:  # it has died already
-            lost()
-            return
+        except ConnectionRefusedError:
+            if find() is None:  # it has ended since
+                return
+            raise
         self._watched.settimeout(None)
         self._watched.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, seconds in _KEEPALIVE.items():

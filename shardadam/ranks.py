@@ -222,10 +222,9 @@ class Ranks:
     def _failure(self, doing: str, error: RuntimeError) -> RuntimeError:
         missed, told = "has a peer died?", str(error).partition("\n")[0]
         if self._alarm is not None:
-            world = dist.group.WORLD if self.process_group is None else self.process_group
-            ranks = dist.get_process_group_ranks(world)
-            numbers = "" if len(ranks) == dist.get_world_size() else "in the default group, "
-            missed = f"{numbers}{self._alarm.ask(ranks)}."
+            whole = self.world_size == dist.get_world_size()
+            numbers = "" if whole else "by their numbers in the default group, "
+            missed = f"{numbers}{self._alarm.ask()}."
         text = (
             f"rank {self.rank} of {self.world_size} failed while {doing} over {self.backend}, "
             f"{self.flight.place()}: {missed} {told}"

@@ -283,7 +283,6 @@ def reason(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda m: m.update(version=2), r"format version: expected 1 \(a newer .*\), found 2"),
         (
             lambda m: m.update(format="tar"),
             "format: expected \"shardadam checkpoint\", found 'tar'",

@@ -158,6 +158,7 @@ def computes(rank: int, folder: str) -> tuple[float, str]:
     train(model, optimizer, range(1))
     records, mark = logged(), Path(folder, "lost")
     if rank == LOST:
+        time.sleep(0.5)  # until it is watched
         mark.write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
     if rank == 0:
@@ -390,3 +391,14 @@ def test_a_rank_without_memory(when):
         assert re.search(
             r"rank 2.*(can't allocate memory|Cannot allocate memory|MemoryError)", text
         )
+
+
+def test_a_refused_connection_is_no_death():
+    """The rank has ended before it was watched; or a firewall refuses."""
+    watching, ended = Lifeline("127.0.0.1"), Lifeline("127.0.0.1")
+    ended.end()
+    found = iter([ended.address, None])
+    watching.watch(lambda: next(found), lost=pytest.fail)
+    with pytest.raises(ConnectionRefusedError):
+        watching.watch(lambda: ended.address, lost=pytest.fail)
+    watching.end()
