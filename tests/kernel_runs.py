@@ -65,6 +65,9 @@ def make_run(formats, numel: int, amsgrad: bool, shared: Coefficients, start: in
     param, master = values(param_dtype), None
     if master_dtype == torch.int16:
         param, master = reference.split_master(values(FP32))
+        # Some params were set to zero since their master was split.
+        chance = torch.rand(len(param), generator=generator)
+        param = torch.where(chance < 0.1, torch.where(chance < 0.05, 0.0, -0.0), param).to(BF16)
     elif master_dtype is not None:
         master = values(FP32)
         # Some params were written since their master was rounded to them, some with the other zero.

@@ -84,6 +84,35 @@ def test_traps(bits, param, remainder, twin):
             assert torch.equal(joined.view(torch.int32), masters.view(torch.int32))
 
 
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_param_set_to_zero_is_no_nan(zero, twin):
+    remainder = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
+    param = torch.full(remainder.shape, zero, dtype=torch.bfloat16)
+    for join in (twin.join, reference.join_master):
+        master = join(param, remainder)
+        assert (
+            master[remainder <= 0].view(torch.int32) == torch.tensor(zero).view(torch.int32)
+        ).all()
+        assert (master.abs() < 2.0**-133).all()  # half of the least bfloat16
+
+
+@pytest.mark.parametrize("master", ["split", "split8"])
+def test_training_goes_on_after_params_were_set_to_zero(master):
+    param = torch.nn.Parameter(
+        torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    )
+    optimizer = shardadam.AdamW([param], master=master)
+    for _ in range(3):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    with torch.no_grad():
+        param[::2].zero_()
+        param[1::4].mul_(-0.0)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert torch.equal(param[::2], torch.full_like(param[::2], -1e-3))
+
+
 def test_a_nan_gradient_of_any_payload_makes_the_param_nan(twin):
     payloads = [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC0FFFF]
     grad = torch.tensor([signed(bits) for bits in payloads] * 70, dtype=torch.int32)

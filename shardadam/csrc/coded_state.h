@@ -290,7 +290,8 @@ SHARDADAM_FN Split8 split8_of(float master, uint32 random) {
 }
 
 SHARDADAM_FN float master_of(Split8 split) {
-  return float_of((uint32(split.param) << 16) + (uint32(int(split.remainder)) << 8));
+  return float_of((uint32(split.param) << 16) +
+                  (uint32(remainder_of(split.param, split.remainder)) << 8));
 }
 
 }  // namespace shardadam

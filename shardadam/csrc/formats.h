@@ -133,8 +133,14 @@ SHARDADAM_FN Split split_of(float master) {
   return {uint16((bits + 0x8000u) >> 16), int16(uint16(bits))};
 }
 
+// No master rounds to a zero that it is smaller than: the param was set to zero since the last
+// step, by a mask or by hand, and what its old remainder takes from a zero's bits would be a NaN.
+SHARDADAM_FN int remainder_of(uint16 param, int remainder) {
+  return (param & 0x7fffu) == 0 && remainder < 0 ? 0 : remainder;
+}
+
 SHARDADAM_FN float master_of(Split split) {
-  return float_of((uint32(split.param) << 16) + uint32(int(split.remainder)));
+  return float_of((uint32(split.param) << 16) + uint32(remainder_of(split.param, split.remainder)));
 }
 
 }  // namespace shardadam

@@ -69,8 +69,10 @@ struct Bf16Split {
     const int16* __restrict low = remainder + start;
     HalfOfFloat* __restrict halves = reinterpret_cast<HalfOfFloat*>(buffer);
     for (int64_t i = 0; i < count; ++i) {
-      halves[2 * i] = uint16(low[i]);
-      halves[2 * i + 1] = uint16(high[i] + (low[i] >> 15));
+      const int16 above = low[i] > 0 ? low[i] : int16(0);
+      const int16 rest = high[i] & 0x7fff ? low[i] : above;  // remainder_of()
+      halves[2 * i] = uint16(rest);
+      halves[2 * i + 1] = uint16(high[i] + (rest >> 15));
     }
     return buffer;
   }

@@ -47,9 +47,11 @@ struct Bf16Split8 {
     const uint16* param = static_cast<const uint16*>(run.param) + start;
     const int8* remainder = static_cast<const int8*>(run.master) + start;
     const int64_t whole = count / kLanes * kLanes;
-    for (int64_t i = 0; i < whole; i += kLanes)
-      SHARDADAM_ISA::store(out + i, float_of(to_uint((load_codes(param + i) << 16) +
-                                                     (load_codes(remainder + i) << 8))));
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      const Ints high = load_codes(param + i), low = load_codes(remainder + i);
+      const Ints rest = select((high & 0x7fff) == Ints(0), most(low, Ints(0)), low);
+      SHARDADAM_ISA::store(out + i, float_of((to_uint(high) << 16) + (to_uint(rest) << 8)));
+    }
     for (int64_t i = whole; i < count; ++i) out[i] = master_of(Split8{param[i], remainder[i]});
   }
   static SHARDADAM_FN void store(const Run& run, int64_t start, int64_t count, const float* masters,

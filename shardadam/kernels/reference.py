@@ -87,9 +87,11 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_master(param: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 master weights that `split_master` split."""
-    bits = (param.view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)
-    return bits.view(torch.float32)
+    """The float32 master weights that `split_master` split.
+
+    Of a param that was set to zero since, zero, or the least above it: see csrc/formats.h.
+    """
+    return _join(param, remainder, 0)
 
 
 def split8_master(master: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,8 +108,14 @@ def split8_master(master: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
 
 def join8_master(param: Tensor, remainder: Tensor) -> Tensor:
     """The 24-bit master weights that `split8_master` made, in float32."""
-    bits = (param.view(torch.int16).to(torch.int32) << 16) + (remainder.to(torch.int32) << 8)
-    return bits.view(torch.float32)
+    return _join(param, remainder, 8)
+
+
+def _join(param: Tensor, remainder: Tensor, shift: int) -> Tensor:
+    bits = param.view(torch.int16).to(torch.int32)
+    below_zero = (bits & 0x7FFF == 0) & (remainder < 0)
+    remainder = remainder.to(torch.int32).masked_fill(below_zero, 0)
+    return ((bits << 16) + (remainder << shift)).view(torch.float32)
 
 
 def stochastic_param(master: Tensor, random: Tensor) -> Tensor:
