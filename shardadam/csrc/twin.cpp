@@ -112,8 +112,6 @@ void walk(int64_t count, Numel numel, int64_t begin, int64_t end, Visit visit) {
 
 using namespace shardadam;
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
 EXPORT int32_t shardadam_abi_version() { return kAbiVersion; }
 
 EXPORT const char* shardadam_isa() { return loops()->name; }

@@ -12,7 +12,7 @@
 
 namespace shardadam {
 
-constexpr int kAbiVersion = 4;
+constexpr int kAbiVersion = 5;
 
 // Contiguous elements that share hyperparameters: what of them stays from step to step.
 struct Run {
@@ -69,3 +69,22 @@ const Loops& loops_avx2();
 const Loops& loops_avx512();
 
 }  // namespace shardadam
+
+// The entry points, which twin.cpp describes.
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int32_t shardadam_abi_version();
+EXPORT const char* shardadam_isa();
+EXPORT int32_t shardadam_use_isa(const char* name);
+EXPORT void shardadam_use_openmp(void* parallel, void* thread_num, void* num_threads);
+EXPORT int64_t shardadam_update(const shardadam::Run* const* runs, const void* const* grads,
+                                const shardadam::Coefficients* const* coefficients, int64_t count,
+                                int32_t threads);
+EXPORT int64_t shardadam_sum_squares(const void* values, int64_t numel, int32_t grad_format,
+                                     int64_t* words, int32_t threads);
+EXPORT int64_t shardadam_mean(const void* const* shards, int64_t count, int64_t divisor, void* out,
+                              int64_t numel, int32_t grad_format, int32_t threads);
+EXPORT void shardadam_split(const float* master, uint16_t* param, int16_t* remainder, int64_t numel,
+                            int32_t threads);
+EXPORT void shardadam_join(const uint16_t* param, const int16_t* remainder, float* master,
+                           int64_t numel, int32_t threads);

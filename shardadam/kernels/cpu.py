@@ -18,7 +18,7 @@ from shardadam.kernels import exact_sum
 from shardadam.kernels.coefficients import Coefficients
 from shardadam.kernels.run import GRAD_FORMATS, Run, state_dtype
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 _FILE = "libshardadam_cpu.dylib" if sys.platform == "darwin" else "libshardadam_cpu.so"
 
 _address = torch._C.TensorBase.data_ptr
