@@ -26,7 +26,7 @@ CORES = $(shell { lscpu -p=Core,Socket | grep '^[0-9]' | sort -u | wc -l; nproc;
 	sysctl -n hw.physicalcpu; } 2>/dev/null | sort -n | awk '$$1 > 0 { print $$1; exit }')
 THREADS = $(shell echo $$(($(CORES) > $(RANKS) ? $(CORES) / $(RANKS) : 1)))
 
-.PHONY: help setup demo test faults slurm check bench quality bench-parts docs format clean
+.PHONY: help setup demo test faults sanitize slurm check bench quality bench-parts docs format clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets (the default)
@@ -63,6 +63,9 @@ test: $(READY) ## run the tests; ARGS go to pytest
 faults: $(READY) ## make everything go wrong, often, for half an hour, and print a table
 	SHARDADAM_TEST_ALL_WORLDS=1 $(BIN)/pytest -m fault --full $(ARGS)
 
+sanitize: $(READY) ## test the CPU kernel under ASan, UBSan and TSan, for minutes; ARGS go to pytest
+	tests/sanitize.sh $(ARGS)
+
 slurm: ## unpack Debian's SLURM into build/slurm, for tests/test_slurm.py; nothing is installed
 	@mkdir -p build/slurm/packages
 	@cd build/slurm/packages && apt-get -qq download \
@@ -73,7 +76,7 @@ check: $(READY) ## lint, formatting, types, and files under 400 lines
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/clang-format --dry-run -Werror $(CSRC) tests/twin_alone.cpp
 	@find $(wildcard shardadam examples benchmarks) -name '*.py' -o -path '*/csrc/*' -type f | \
 		xargs wc -l | awk '$$1 > 400 && $$2 != "total" { bad = 1; print $$2 ": " $$1 \
 		" lines; over 400, it wants to be two files" } END { exit bad }'
@@ -105,7 +108,7 @@ docs: $(READY) ## build the pages and a reference from the docstrings into site/
 format: $(READY) ## rewrite Python and C++ as make check wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(CSRC) tests/twin_alone.cpp
 
 clean: ## remove .venv, builds and caches
 	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

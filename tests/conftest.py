@@ -1,6 +1,6 @@
 """Ranks are forked from the test's process, which must not have started OpenMP threads by then."""
 
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import pytest
 import torch
@@ -14,6 +14,20 @@ pytest_plugins = ["fault_table"]
 torch.set_num_threads(1)
 
 BEST_ISA = getattr(backend_for(torch.device("cpu")), "isa", None)
+
+
+def pytest_addoption(parser):
+    text = "test this build of the compiled twin, not the installed one"
+    parser.addoption("--twin", type=Path, metavar="LIBRARY", help=text)
+
+
+def pytest_configure(config):
+    given = config.getoption("twin")
+    if given is not None:
+        cpu._candidates = lambda: iter([given])
+        cpu.load.cache_clear()
+        library, why_not = cpu.load()
+        assert library is not None, f"--twin {given}: {why_not}"
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -39,6 +40,7 @@ def library(source: str) -> ctypes.CDLL:
         "-O1" if source == "coded_kernels.cpp" else "-O2",
         *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"),
         *("-I", str(_CSRC), "-include", str(_SHIM / "shim.h"), str(_SHIM / source)),
+        *shlex.split(os.environ.get("CXXFLAGS", "")),  # `make sanitize` gives some
     ]
     with tempfile.TemporaryDirectory() as folder:
         built = f"{folder}/kernels.so"
