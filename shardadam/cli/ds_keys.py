@@ -74,7 +74,7 @@ NEEDLESS = {
     "timers": "printing and measuring are the loop's",
     "flops_profiler": "printing and measuring are the loop's",
     "comms_logger": "printing and measuring are the loop's",
-    "tensorboard": "printing and measuring are the loop's",
+    "tensorboard": "shardadam.integrations.tensorboard.StepLog(optimizer, directory) in the loop",
     "wandb": "printing and measuring are the loop's",
     "comet": "printing and measuring are the loop's",
     "csv_monitor": "printing and measuring are the loop's",
