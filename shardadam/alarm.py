@@ -33,6 +33,7 @@ from shardadam.lifeline import Lifeline, own_address, own_machine
 
 _ASKED, _ENDED = "answer", "ended"
 _STALE_S = 10.0
+_READ_WITHIN_S = 0.5
 _ANSWERS_WITHIN_S = 1.0
 _FOREVER = timedelta(days=365)
 _STORE_LOST = (
@@ -182,6 +183,7 @@ class Alarm:
             woken = store.get(self._key("wake", self._rank)).decode()
             if woken != _ASKED:
                 self._closed = woken
+                store.append(f"{self._prefix}/closed", ".")
                 return
             self._answered = True
             self._answer(store, {"alive": whereabouts()})
@@ -220,12 +222,21 @@ class Alarm:
             self._answer(self._store, {"ended": ended})
             if self._holds_store:
                 self._tell_all(self._store, closed)
+                self._wait_for_readers()
             else:
                 self._store.set(self._key("wake", self._rank), closed)
         except (RuntimeError, dist.DistError):
             pass  # the store is gone
         self._listener.join(1.0)
         self._watcher.join(1.0)
+
+    def _wait_for_readers(self) -> None:
+        """Torch prints a stack of C++ wherever the store goes while it is read: until all have."""
+        key, deadline = f"{self._prefix}/closed", time.monotonic() + _READ_WITHIN_S
+        while time.monotonic() < deadline:
+            if self._store.check([key]) and len(self._store.get(key)) == self._world_size:
+                return
+            time.sleep(0.005)
 
     def _key(self, what: str, rank: int) -> str:
         return f"{self._prefix}/{what}/{rank}"
