@@ -37,10 +37,6 @@ class Exchange:
             self._finish()
             self._finish = None
 
-    def done(self) -> bool:
-        """Whether nothing is under way any more, and `wait` would not wait."""
-        return all(work.is_completed() for work in self._works)
-
 
 class Union:
     """Flags under way."""

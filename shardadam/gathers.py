@@ -20,6 +20,8 @@ class Gathers:
     def __init__(self, communicator: Communicator, whole: Callable[[FlatBucket], None]) -> None:
         self._communicator, self._whole = communicator, whole
         self._under_way: dict[FlatBucket, tuple[Exchange, list[Tensor]]] = {}
+        while _left:
+            _left.pop().wait()
         weakref.finalize(self, _leave, self._under_way)
 
     @property
@@ -49,12 +51,12 @@ class Gathers:
             self.wait(list(self._under_way))
 
 
-# Of optimizers that are gone. gloo breaks off the connection when data comes for a receive that
-# nobody holds any more, and with it what other optimizers exchange.
+# Of optimizers that are gone, until the next is made. gloo breaks off the connection when data
+# comes for a receive that nobody holds any more, and with it what other optimizers exchange; and it
+# tells nobody but a waiter that a receive is done.
 _left: list[Exchange] = []
 
 
 def _leave(under_way: Mapping[FlatBucket, tuple[Exchange, list[Tensor]]]) -> None:
-    """Keep what an optimizer leaves under way until it is done."""
-    _left[:] = [exchange for exchange in _left if not exchange.done()]
+    """Keep what an optimizer leaves under way."""
     _left.extend(exchange for exchange, _ in under_way.values())

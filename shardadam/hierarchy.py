@@ -68,10 +68,6 @@ class Relay(Exchange):
             self._advance()
         self._stage.wait()
 
-    def done(self) -> bool:
-        """As in `Exchange`, of what has been begun."""
-        return self._stage.done()
-
     def _advance(self) -> None:
         self._stage.wait()
         self._stage, self._at_first = self._later.pop(0)(), False

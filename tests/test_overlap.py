@@ -12,6 +12,7 @@ from torch import nn
 import shardadam
 from models import loss_of, mlp, same, values
 from ranks import run_ranks
+from shardadam import gathers
 
 
 class Reader(nn.Module):
@@ -317,6 +318,7 @@ def discarded(rank: int) -> None:
     for _ in range(6):
         model = nn.Sequential(nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 300))
         optimizer = shardadam.AdamW(model.parameters(), bucket_bytes=20_000)
+        assert not gathers._left  # nothing of the one before is kept for longer
         optimizer.overlap_gather(model)
         for _ in range(4):
             optimizer.zero_grad()
@@ -327,6 +329,7 @@ def discarded(rank: int) -> None:
             time.sleep(0.2)
         del model, optimizer
         gc.collect()
+        assert gathers._left
 
 
 def test_an_optimizer_discarded_while_it_gathers_leaves_the_next_one_alone():
