@@ -44,9 +44,11 @@ class Lifeline:
             OSError: it can't be connected to; or ``find`` raised it. That is no proof of a death: a
                 firewall refuses, too.
         """
+        pause = 0.1
         while (address := find()) is None:
-            if self._ending.wait(0.1):
+            if self._ending.wait(pause):
                 return
+            pause = min(2 * pause, 5.0)  # it may have no optimizer, and never listen
         try:
             self._watched = socket.create_connection(address, _CONNECT_WITHIN_S)
         except ConnectionRefusedError:

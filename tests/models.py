@@ -1,5 +1,7 @@
 """Small models that several tests train."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,18 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> N
         optimizer.zero_grad()
         loss_of(model, seed).backward()
         optimizer.step()
+
+
+def train_scaled(model: nn.Module, optimizer: torch.optim.Optimizer, bad: list[bool]) -> None:
+    """A step under a GradScaler for each of ``bad``, which says whether it overflows."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for overflows in bad:
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, 0)).backward()
+        if overflows:
+            next(model.parameters()).grad.view(-1)[0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
 
 
 def values(model: nn.Module) -> list[Tensor]:

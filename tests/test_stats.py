@@ -1,13 +1,12 @@
 """What `stats()` and profiles say of a step."""
 
-import math
 import time
 
 import torch
 import torch.distributed as dist
 
 import shardadam
-from models import loss_of, mlp, train
+from models import loss_of, mlp, train, train_scaled
 from ranks import run_ranks
 
 PHASES = {"meet", "reduce", "clip", "update", "gather"}
@@ -58,14 +57,7 @@ def test_waiting_for_a_late_rank_is_told_from_work():
 def test_skipped_steps_are_counted():
     model = mlp()
     optimizer = shardadam.AdamW(model.parameters())
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    for bad in (True, False, False):
-        optimizer.zero_grad()
-        scaler.scale(loss_of(model, 0)).backward()
-        if bad:
-            next(model.parameters()).grad.view(-1)[0] = math.inf
-        scaler.step(optimizer)
-        scaler.update()
+    train_scaled(model, optimizer, [True, False, False])
     assert (optimizer.stats()["steps"], optimizer.stats()["skipped"]) == (3, 1)
 
 

@@ -1,14 +1,12 @@
 """Scalars of every step, read back from the files that TensorBoard reads."""
 
-import math
 import sys
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import shardadam
-from models import loss_of, mlp, train
+from models import mlp, train, train_scaled
 from ranks import run_ranks
 from shardadam.integrations.tensorboard import StepLog
 
@@ -81,14 +79,7 @@ def test_any_writer_sees_skipped_steps():
     model, writer = mlp(), Kept()
     optimizer = shardadam.AdamW(model.parameters())
     log = StepLog(optimizer, writer)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    for bad in (True, False):
-        optimizer.zero_grad()
-        scaler.scale(loss_of(model, 0)).backward()
-        if bad:
-            next(model.parameters()).grad.view(-1)[0] = math.inf
-        scaler.step(optimizer)
-        scaler.update()
+    train_scaled(model, optimizer, [True, False])
     log.close()
     train(model, optimizer, range(1))
     assert [g for g in writer.got if g[0] == "shardadam/skipped_steps"] == [
