@@ -60,7 +60,7 @@ demo: $(READY) ## train a small GPT on RANKS=2 ranks, with MEMORY=full, lean or 
 test: $(READY) ## run the tests; ARGS go to pytest
 	$(BIN)/pytest $(ARGS)
 
-faults: $(READY) ## make everything go wrong, often, for half an hour, and print a table
+faults: $(READY) ## make everything go wrong, often, for a quarter of an hour, and print a table
 	SHARDADAM_TEST_ALL_WORLDS=1 $(BIN)/pytest -m fault --full $(ARGS)
 
 sanitize: $(READY) ## test the CPU kernel under ASan, UBSan and TSan, for minutes; ARGS go to pytest

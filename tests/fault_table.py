@@ -9,7 +9,7 @@ import pytest
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="repeat faults often, for half an hour")
+    parser.addoption("--full", action="store_true", help="repeat faults often, for minutes")
 
 
 def pytest_configure(config):

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import util
 from pathlib import Path
@@ -179,7 +180,7 @@ def test_a_rank_that_computes_is_told_by_the_log(tmp_path):
     assert "rank 0 is after step 1, at test_failures.py" in text and "time.sleep(4.0)" in text
 
 
-def leave(error: Exception | None) -> None:
+def at_exit(error: Exception | None) -> None:
     """End as the interpreter does."""
     if error is not None:
         sys.last_value = error
@@ -187,38 +188,23 @@ def leave(error: Exception | None) -> None:
     os._exit(1)
 
 
-def ends(rank: int, error: Exception | None) -> str:
+def as_a_process(error: Exception | None) -> None:
+    """End as a forked `multiprocessing.Process` does, which runs nothing of atexit."""
+    try:
+        if error is not None:
+            raise error
+    finally:  # as Process._bootstrap()
+        util._exit_function()
+        os._exit(1)
+
+
+def ends(rank: int, leave: Callable[[Exception | None], None], error: Exception | None) -> str:
     model = mlp()
     optimizer = shardadam.AdamW(model.parameters())
     train(model, optimizer, range(1))
     if rank == LOST:
         leave(error)
-    with pytest.raises(RuntimeError) as caught:
-        train(model, optimizer, range(1))
-    return str(caught.value)
-
-
-@pytest.mark.fault("a rank leaves early: {error}", "an error that says why")
-@pytest.mark.parametrize("error", [None, ValueError("the data set is empty")])
-def test_a_rank_that_ends_has_said_why(error):
-    why = "" if error is None else ": ValueError: the data set is empty"
-    for text in run_ranks(3, ends, error, lost=[LOST])[:2]:
-        assert f": rank 2 has ended{why}; rank" in text
-
-
-def leaves_as_a_process(rank: int, error: Exception | None) -> str:
-    """Rank 2 ends as a forked `multiprocessing.Process` does, which runs nothing of atexit."""
-    model = mlp()
-    optimizer = shardadam.AdamW(model.parameters())
-    train(model, optimizer, range(1))
-    if rank == LOST:
-        try:
-            if error is not None:
-                raise error
-        finally:  # as Process._bootstrap()
-            util._exit_function()
-            os._exit(1)
-    if error is None:
+    if error is None:  # nor is it taken for dead
         records = logged()
         time.sleep(2.0)  # longer than an alarm takes
         assert [record.getMessage() for record in records] == []
@@ -227,11 +213,12 @@ def leaves_as_a_process(rank: int, error: Exception | None) -> str:
     return str(caught.value)
 
 
-@pytest.mark.fault("a process of multiprocessing leaves: {error}", "an error that says why")
+@pytest.mark.fault("a rank leaves early, {leave.__name__}: {error}", "an error that says why")
 @pytest.mark.parametrize("error", [None, ValueError("the data set is empty")])
-def test_a_forked_rank_that_ends_is_not_taken_for_dead(error):
+@pytest.mark.parametrize("leave", [at_exit, as_a_process])
+def test_a_rank_that_ends_has_said_why(leave, error):
     why = "" if error is None else ": ValueError: the data set is empty"
-    for text in run_ranks(3, leaves_as_a_process, error, lost=[LOST])[:2]:
+    for text in run_ranks(3, ends, leave, error, lost=[LOST])[:2]:
         assert f": rank 2 has ended{why}; rank" in text
 
 
@@ -348,7 +335,7 @@ def raises(rank: int, place: str) -> str:
             loss_of(model, 1).backward()
             optimizer.step()
     except ValueError as error:
-        leave(error)
+        at_exit(error)
     except RuntimeError as error:
         return str(error)
     raise AssertionError("no error")
@@ -379,7 +366,7 @@ def starves(rank: int, when: str) -> str:
     except (RuntimeError, MemoryError, OSError) as error:
         if rank == LOST:
             resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-            leave(error)
+            at_exit(error)
         return str(error)
     raise AssertionError("no error")
 

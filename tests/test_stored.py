@@ -69,6 +69,7 @@ def read(rank: int, runs: list[Path], kind: str) -> None:
 ARCHIVES = sorted(STORED.glob("*.tar.xz"))
 
 
+@pytest.mark.fault("checkpoints of an older version, {archive.name}", "the same bits")
 @pytest.mark.parametrize("archive", ARCHIVES, ids=lambda path: path.name.partition(".")[0])
 def test_what_was_stored_is_read_and_goes_on(archive, tmp_path):
     with tarfile.open(archive) as stored:
@@ -115,6 +116,7 @@ def load_newer(rank: int, folder: Path) -> None:
     assert all(torch.equal(after["model"][name], before["model"][name]) for name in after["model"])
 
 
+@pytest.mark.fault("a checkpoint of a newer version, W = {world_size}", "an error, nothing loaded")
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_newer_version_is_an_error_and_no_older_checkpoint_is_taken(world_size, tmp_path):
     run_ranks(world_size, save_two, tmp_path)
