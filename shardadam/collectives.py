@@ -101,7 +101,9 @@ class Communicator(Ranks):
                     )
                 ranks = {"ranks": dist.get_process_group_ranks(group)}
                 ranks["use_local_synchronization"] = True
-            Communicator._aside[group] = dist.new_group(backend="gloo", **ranks)
+            Communicator._aside[group] = dist.new_group(
+                backend="gloo", timeout=self.timeout, **ranks
+            )
         aside = Communicator(Communicator._aside[group], torch.device("cpu"))
         aside.ordinal, aside.flight.phases = self.ordinal, self.flight.phases
         return aside

@@ -4,6 +4,7 @@ import atexit
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Any
 from weakref import ref
 
@@ -17,6 +18,7 @@ class Exchange:
         says: a context in which errors tell what was being done.
         works: torch.distributed's.
         finish: what is left to be done with the data.
+        timeout: as in `await_work`.
     """
 
     def __init__(
@@ -24,18 +26,32 @@ class Exchange:
         says: Callable[[], AbstractContextManager[None]],
         works: Sequence[Any],
         finish: Callable[[], object] | None = None,
+        timeout: timedelta | None = None,
     ) -> None:
         self._says, self._works, self._finish = says, works, finish
+        self._timeout = timeout
 
     def wait(self) -> None:
         """Until the data is there; on a GPU, the current stream waits and the host does not."""
         with self._says():
             for work in self._works:
-                work.wait()
+                await_work(work, self._timeout)
         self._works = ()
         if self._finish is not None:
             self._finish()
             self._finish = None
+
+
+def await_work(work: Any, timeout: timedelta | None) -> None:
+    """Until it is done, or ``timeout`` is over; None: that which torch knows.
+
+    gloo's sends and receives only know the one with which their group was made, not one that it was
+    given later. NCCL's are to be awaited by the stream, and a timeout here would hold up the host.
+    """
+    if timeout is None:
+        work.wait()
+    else:
+        work.wait(timeout)
 
 
 class Union:

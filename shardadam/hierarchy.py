@@ -113,6 +113,7 @@ class Hierarchy(Communicator):
         self._across = Communicator(mesh.get_group(0), device, mean, " across nodes")
         for level in (self._inside, self._across):
             level.sent_bytes, level.flight = self.sent_bytes, self.flight
+            level.inherit_timeout(self.timeout)  # torch gives a mesh's groups half an hour
         node, place = self._across.rank, self._inside.rank
         self._replicates = replicate_state
         if replicate_state:

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardadam.alarm import Alarm
-from shardadam.exchange import Exchange, Union, watch
+from shardadam.exchange import Exchange, Union, await_work, watch
 from shardadam.flight import Flight
 
 _TAGS = 1 << 30  # from here on: they must not pair with a user's sends
@@ -31,11 +32,12 @@ class Ranks:
     """The ranks of ``process_group`` (None: the default one, if there is one).
 
     Attributes: ``rank`` and ``world_size`` within the group, ``backend`` its name ("none" when
-    alone), ``device`` of the tensors, ``ordinal`` a number that no other optimizer of these ranks
-    has, agreed on at construction, ``made`` how many exchanges it has begun, which is the same on
-    all ranks where they meet, ``flight`` a record of the last ones, ``sent_bytes`` what this rank
-    has sent so far, by what it was doing: payload, and what a tree or ring sends on average over
-    the ranks. Descriptions, which only errors need, are not counted.
+    alone), ``device`` of the tensors, ``timeout`` how long it waits for a rank that hangs (None:
+    its backend does not say), ``ordinal`` a number that no other optimizer of these ranks has,
+    agreed on at construction, ``made`` how many exchanges it has begun, which is the same on all
+    ranks where they meet, ``flight`` a record of the last ones, ``sent_bytes`` what this rank has
+    sent so far, by what it was doing: payload, and what a tree or ring sends on average over the
+    ranks. Descriptions, which only errors need, are not counted.
     """
 
     _last_ordinal = 0
@@ -47,6 +49,7 @@ class Ranks:
         self.process_group = process_group
         self.rank, self.world_size, self.backend = 0, 1, "none"
         self.device = device
+        self.timeout: timedelta | None = None
         self.ordinal = 0
         self.made = 0
         self.flight = Flight()
@@ -69,6 +72,8 @@ class Ranks:
             )
         self.backend = backends.get(device.type, config)
         self._point_to_point = self.backend != "nccl" and device.type == "cpu"
+        if self.backend in ("gloo", "nccl"):
+            self.timeout = self._torch_backend().options._timeout
         self._host_group, self._host_device = self._find_host_group(backends)
         if self.world_size > 1:
             self._alarm = Alarm.of_world()
@@ -85,8 +90,22 @@ class Ranks:
         if group not in (None, world):
             return group, self.device  # another one can't always be made: see `aside`
         if world not in Ranks._host_groups:
-            Ranks._host_groups[world] = dist.new_group(backend="gloo")
+            Ranks._host_groups[world] = dist.new_group(backend="gloo", timeout=self.timeout)
         return Ranks._host_groups[world], cpu
+
+    def _torch_backend(self) -> Any:
+        group = self.process_group or dist.group.WORLD
+        assert group is not None
+        backend = group._get_backend(self.device)
+        return getattr(backend, "wrapped_pg", backend)  # by TORCH_DISTRIBUTED_DEBUG=DETAIL
+
+    def inherit_timeout(self, timeout: timedelta | None) -> None:
+        """Wait as long as another group does, if nobody has given this one a timeout."""
+        if timeout and self.timeout == dist.distributed_c10d._get_default_timeout(
+            dist.Backend(self.backend)
+        ):
+            self._torch_backend()._set_default_timeout(timeout)
+            self.timeout = timeout
 
     def next_ordinal(self) -> int:
         """This rank's proposal for its ``ordinal``."""
@@ -114,7 +133,7 @@ class Ranks:
             seen[self.rank] = own
             with self._says(doing, *seen, sends=own.nbytes * (ranks - 1)):
                 for work in self._swap([own] * ranks, seen, self._host_group, _WORDS_TAG):
-                    work.wait()
+                    await_work(work, self.timeout)
             low, high = torch.stack(seen).aminmax(dim=0)
             return low.tolist(), high.tolist()
         both = torch.cat([own, -own])
@@ -198,7 +217,8 @@ class Ranks:
     def _exchange(
         self, doing: str, works: Sequence[dist.Work], finish: Callable[[], object] | None = None
     ) -> Exchange:
-        return Exchange(functools.partial(self._says, doing), works, finish)
+        timeout = self.timeout if self._point_to_point else None
+        return Exchange(functools.partial(self._says, doing), works, finish, timeout)
 
     @contextlib.contextmanager
     def _says(self, doing: str, *tensors: Tensor, sends: int | None = None) -> Iterator[None]:

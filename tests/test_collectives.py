@@ -1,5 +1,7 @@
 """The ways that only NCCL takes, over gloo: no GPU is needed to find out that they are right."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -87,3 +89,18 @@ def test_a_group_aside_is_made_or_refused_by_all():
     first, second, _ = run_ranks(3, groups_of_their_own)
     assert first == second
     assert "they belong to different numbers of groups (3 to 4)" in first
+
+
+def timeouts(rank: int) -> list[float]:
+    """Of groups that are made beside another one: on the host for GPUs, and for another thread."""
+    cpu = torch.device("cpu")
+    world = Communicator(None, cpu)
+    others = Communicator(dist.new_group(timeout=timedelta(seconds=70)), cpu)
+    asides = [ranks.aside().process_group for ranks in (world, others)]
+    world.device = torch.device("cuda")
+    groups = [*asides, world._find_host_group({"cuda": "nccl"})[0]]
+    return [group._get_backend(cpu).options._timeout.total_seconds() for group in groups]
+
+
+def test_groups_that_are_made_wait_as_long_as_those_beside_them():
+    assert run_ranks(2, timeouts, peer_timeout_s=50) == [[50, 70, 50]] * 2

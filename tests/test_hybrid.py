@@ -1,7 +1,11 @@
 """`mesh=`: ranks in nodes give the bits of flat ranks, and send less from node to node."""
 
+import os
 import pickle
 import re
+import signal
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -34,6 +38,7 @@ MODES = {
     "leanest": {"dtype": BF16, "memory": "leanest", "shard_grads": True},
     "file": {"offload": Path},
 }
+TIMEOUT_S = 3.0
 MESHES = {2: [(2, 1)], 4: [(2, 2), (1, 4), (4, 1)], 6: [(2, 3)]}
 
 # ---- the same bits as flat -----------------------------------------------------------------------
@@ -229,6 +234,46 @@ def test_replicas_take_turns_to_write(tmp_path):
     numel = 4 * 64 * 64
     for size in run_ranks(4, turns, tmp_path):
         assert numel * 12 // 4 < size < numel * 12 // 4 + 2048
+
+
+# ---- a rank that hangs ---------------------------------------------------------------------------
+
+
+def freezes(rank: int) -> tuple[float, str]:
+    """Rank 3 does before its gradients leave it: when this rank is told, and what."""
+    model, optimizer = make(**over(2, 2))
+    train(model, optimizer, rank, range(2))
+    if rank == 3:
+        optimizer._reduce = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError) as caught:
+        train(model, optimizer, rank, range(2, 4))  # who has what it needs learns of it in the next
+    return time.monotonic() - start, str(caught.value)
+
+
+@pytest.mark.fault("mesh: SIGSTOP of one rank", "an error that names it, timeout + 5 s")
+def test_a_frozen_rank_is_named_within_the_timeout(record_property):
+    """Not torch's half an hour, which it gives a mesh's groups."""
+    *told, _ = run_ranks(4, freezes, lost=[3], peer_timeout_s=TIMEOUT_S)
+    record_property("seconds", max(seconds for seconds, _ in told))
+    for seconds, text in told:
+        assert seconds < TIMEOUT_S + 5, text
+        assert "rank 3 gives no sign of life" in text
+
+
+def given_a_timeout(rank: int) -> list[float]:
+    """Of a mesh's groups, the first of which has one of its own."""
+    cpu, names = torch.device("cpu"), ("replicate", "shard")
+    own = dist.ProcessGroupGloo._Options()
+    own._timeout = timedelta(seconds=70)
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=names, backend_override={0: own})
+    shardadam.AdamW(mlp().parameters(), mesh=mesh)
+    groups = mesh.get_group(0), mesh.get_group(1)
+    return [group._get_backend(cpu).options._timeout.total_seconds() for group in groups]
+
+
+def test_a_timeout_that_a_mesh_was_given_is_kept():
+    assert run_ranks(2, given_a_timeout, peer_timeout_s=50) == [[70, 50]] * 2
 
 
 # ---- what can't be -------------------------------------------------------------------------------
