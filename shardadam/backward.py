@@ -179,7 +179,7 @@ class Backward:
         replicas = 0
         try:
             lines, replicas = self._check_early()
-        except (ValueError, RuntimeError) as caught:
+        except (ValueError, RuntimeError, OSError) as caught:
             error = caught
         words = {"hyperparameters": digest("\n".join(lines)), "replicas": replicas}
         seen = meet(self._communicator, Point.BACKWARD, words, error)

@@ -104,6 +104,30 @@ def test_no_room_on_one_rank(tmp_path):
     assert culprit in other
 
 
+def updates_in_backward(rank: int, folder: Path) -> str:
+    """AMSGrad's maximum finds no room: every rank is told in its backward pass."""
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters(), offload=folder, update_in_backward=True)
+    train(model, optimizer, range(1))
+    optimizer.param_groups[0]["amsgrad"] = True
+    before = values(model)
+    if rank == 1:
+        limit_files(size(optimizer) + 4096)
+    with pytest.raises((OSError, RuntimeError)) as caught:
+        train(model, optimizer, range(1, 2))
+    limit_files(resource.RLIM_INFINITY)
+    assert same(values(model), before)
+    train(model, optimizer, range(1, 2))
+    assert not same(values(model), before)
+    return str(caught.value)
+
+
+def test_no_room_in_a_backward_pass_that_updates(tmp_path):
+    other, culprit = run_ranks(2, updates_in_backward, tmp_path)
+    assert f" bytes of state can't be reserved in {tmp_path}: File too large" in culprit
+    assert culprit in other and other.startswith("another rank stopped before")
+
+
 def differs(rank: int, folder: Path) -> None:
     with pytest.raises(
         ValueError, match="rank 0 has offload to a directory, rank 1 has offload = N"
