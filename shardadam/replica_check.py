@@ -7,7 +7,10 @@ owners. So what has changed in a copy, by a failing memory or a write on one ran
 after the next update, but has been in a forward and a backward pass; in an owner's shard it is
 spread to all by that update. A check comes last before the update, when both can still be seen: of
 what happened since the update before. What is not gathered at every step (params without gradients,
-replicas of DTensors) stays different, and is found whenever it happened.
+replicas of DTensors) stays different, and is found whenever it happened. So do nodes with
+``replicate_state``, which have state of their own and gather params inside each: a shard, or a
+moment, that changes on one node's owner is spread in that node, and no update brings the nodes
+together again.
 """
 
 from collections import defaultdict

@@ -158,6 +158,30 @@ def test_ddps_hook_and_groups_added_later():
     assert run_ranks(4, hooked) == [[True] * 3] * 4
 
 
+def flipped(rank: int) -> list[str]:
+    """A moment changes on one owner, two steps before the ranks are compared."""
+    told = []
+    for ranks in ({}, over(2, 2), over(2, 2, True)):
+        model, optimizer = make(check_replicas_every=4, **ranks)
+        train(model, optimizer, rank, range(2))
+        if rank == 2:
+            optimizer._buckets[0].state["exp_avg"].view(torch.int32)[0] ^= 1 << 30
+        train(model, optimizer, rank, range(2, 3))
+        try:
+            train(model, optimizer, rank, range(3, 4))
+        except RuntimeError as error:
+            told.append(str(error))
+    return told
+
+
+@pytest.mark.fault("mesh: flipped bit in a moment of one node", "an error that names the param")
+def test_nodes_with_state_of_their_own_come_apart_and_are_told_of_it():
+    """Elsewhere the flip is spread to all, and only check_state= finds it."""
+    for (text,) in run_ranks(4, flipped):
+        found = r"\w+ has the digest ranks 0, 1 \w+, ranks 2, 3"
+        assert re.match(f"ranks no longer have the same params: {found}", text), text
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 KEPT = {"fp32": {"max_grad_norm": 0.5}, "lean": {"dtype": BF16, "memory": "lean"}}
