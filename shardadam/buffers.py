@@ -24,7 +24,7 @@ class FlatBucket:
     ``state`` maps the names of [Note: state formats] and one of `MASTERS` to tensors of
     ``bucket.shard_numel`` elements, or of one per block. ``scalars`` maps "step" (and NAdam's
     "mu_product") to tensors of one element per span. ``continues``: whether a run can go on from
-    from the span before to each span. ``exchanged``: whether gradients and params of its shards go
+    the span before to each span. ``exchanged``: whether gradients and params of its shards go
     from rank to rank; those of DTensors are exchanged by their owner.
 
     Args:

@@ -19,8 +19,10 @@ With the state replicated there are S shards, place j of each node owns shard j,
 mean: across, shards are reduce-scattered and gathered again. Every replica makes the same update,
 and only the node's own ranks are needed for params.
 
-Sums are taken in fp32 on both levels (fp64 for fp64), in fixed order, and divided by W at the end:
-the same bits on every run and in every replica; given sums that are exact, the bits of one level.
+Sums are taken in fp32 on both levels (fp64 for fp64), and divided by W at the end, each element of
+the mean by one rank: the same bits in every replica; given sums that are exact, the bits of one
+level. The order of a sum is that of the ranks, the same on every run, but where NCCL takes it: of
+its own reduce-scatter no order is promised.
 
 A level begins when the one before is done and somebody looks. Gradients cross to other nodes when
 the next bucket is sent or an earlier one awaited, so that the slow links are busy meanwhile; params
