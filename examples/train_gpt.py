@@ -119,15 +119,11 @@ def main() -> None:
         model = GPT(args.layers, args.width, args.context)
         if name == OURS and args.memory != "full":
             model.to(torch.bfloat16)
-        run = train(name, model, args, corpus, interruption, console)
-        if run is None:
-            break
+        runs.append(train(name, model, args, corpus, interruption, console))
         if name == OURS:
             ours = model
-        runs.append(run)
-    else:
-        if rank() == 0:
-            report(console, args, corpus, ours, runs)
+    if rank() == 0:
+        report(console, args, corpus, ours, runs)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -140,8 +136,12 @@ def train(
     corpus: Corpus,
     interruption: Interruption,
     console: Console,
-) -> Run | None:
-    """Train ``model`` to the end and measure it; None when interrupted, with a checkpoint saved."""
+) -> Run:
+    """Train ``model`` to the end and measure it.
+
+    Raises:
+        Preempted: interrupted, with a checkpoint saved.
+    """
     wrapped, optimizer = (with_shardadam if name == OURS else with_torch)(model, args)
     scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, args.steps))
     directory = args.out / "checkpoints" / name
@@ -193,7 +193,7 @@ def train(
                 extras["seconds"] = seconds_before + seconds
                 if name == THEIRS:
                     extras |= get_optimizer_state_dict(model, optimizer, options=FLAT)
-                checkpoint.save(directory, step=len(losses), **saved, extras=extras, keep=1)
+                path = checkpoint.save(directory, step=len(losses), **saved, extras=extras, keep=1)
     if log is not None:
         log.close()
     if stopped:
@@ -202,7 +202,7 @@ def train(
             f"that divides {args.batch_size}, with:\n  {resume_command()}",
             soft_wrap=True,
         )
-        return None
+        raise elastic.Preempted(len(losses), path)
     seconds = seconds_before + time.perf_counter() - started
     return Run(
         label,

@@ -146,6 +146,19 @@ def test_batches_are_shared_out():
         elastic.Batches(100, batch_size=128, rank=0, world_size=8)
 
 
+def test_the_launcher_says_how_a_preempted_run_exits(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHARDADAM_PREEMPTED_EXIT_CODE", "75")
+    run = elastic.Run(tmp_path, every=100, model=torch.nn.Linear(3, 3))
+    with pytest.raises(elastic.Preempted) as asked:
+        for _ in run.steps(5):
+            signal.raise_signal(signal.SIGTERM)
+    assert asked.value.code == 75
+    for wrong in ("256", "-1", "", "yes"):
+        monkeypatch.setenv("SHARDADAM_PREEMPTED_EXIT_CODE", wrong)
+        with pytest.raises(ValueError, match="SHARDADAM_PREEMPTED_EXIT_CODE: expected a number"):
+            elastic.Run(tmp_path, every=100, model=torch.nn.Linear(3, 3))
+
+
 def test_signals_are_handled_as_before_after_the_loop(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     run = elastic.Run(tmp_path, every=100, model=torch.nn.Linear(3, 3))

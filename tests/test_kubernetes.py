@@ -5,16 +5,18 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hosts import Host, two_hosts
-from launched import ENVIRONMENT, LAUNCH
+from launched import ENVIRONMENT, LAUNCH, ROOT
 from shardadam import checkpoint
 
-# For the demo: enough steps to be killed among them.
-SMALL = "--steps 200 --checkpoint-every 20 --context 32 --layers 1 --width 64".split()
+# For the demo: enough steps to be disturbed among them, of little text.
+SMALL = "--steps 100 --checkpoint-every 20 --context 32 --layers 1 --width 64 --data".split()
+SMALL += sorted(map(str, (ROOT / "shardadam").glob("*.py")))
 
 
 class Pod:
@@ -32,6 +34,10 @@ class Pod:
     def _start(self) -> None:
         self._process = self._host.start(*self._command, *SMALL, **self._environment)
         self.restarts += 1
+
+    def drain(self) -> None:
+        """As when its node is to go: SIGTERM to its process, and another pod in its place."""
+        self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """All of it, at once, as when its node is gone."""
@@ -63,8 +69,15 @@ def undisturbed(out: Path) -> list[str]:
     return digests(out)
 
 
+def wait(pods: list[Pod], until: Callable[[], object]) -> None:
+    while not until():
+        for pod in pods:
+            pod.see()
+        time.sleep(0.1)
+
+
 @pytest.mark.timeout(300)
-@pytest.mark.fault("Kubernetes: the first pod killed and made again", "the same bits")
+@pytest.mark.fault("Kubernetes: a pod drained, the first one killed", "the same bits")
 def test_pods_end_as_an_undisturbed_run_does(tmp_path):
     yaml = pytest.importorskip("yaml", reason="PyYAML comes with the dev extra")
     service, job = yaml.safe_load_all((LAUNCH / "kubernetes/indexed_job.yaml").read_text())
@@ -75,14 +88,15 @@ def test_pods_end_as_an_undisturbed_run_does(tmp_path):
     out = tmp_path / "out"
     with two_hosts(tmp_path, names, service=spec["subdomain"]) as hosts:
         pods = [Pod(host, container, out) for host in hosts]
-        while not newest(out):
-            time.sleep(0.1)
+        wait(pods, lambda: newest(out))
+        pods[1].drain()
+        wait(pods, lambda: pods[1].restarts)
+        saved = newest(out)
+        wait(pods, lambda: newest(out) != saved)
+        assert [pod.restarts for pod in pods] == [0, 1]  # the first one's torchrun has waited
         pods[0].kill()  # where the other has found it
-        while not all(pod.succeeded for pod in pods):
-            for pod in pods:
-                pod.see()
-            time.sleep(0.1)
+        wait(pods, lambda: all(pod.succeeded for pod in pods))
         assert pods[0].restarts == 1
         assert sum(pod.restarts for pod in pods) <= job["spec"]["backoffLimit"]
-    assert newest(out).name == "step-00000200"
+    assert newest(out).name == "step-00000100"
     assert digests(out) == undisturbed(tmp_path / "undisturbed")

@@ -1,5 +1,6 @@
 """A training loop that goes on where an earlier process of it ended."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,25 @@ from shardadam.checkpoint.saving import communicator_of
 from shardadam.elastic.requests import Requests
 from shardadam.optimizer import ShardedOptimizer
 
+_EXIT_CODE = "SHARDADAM_PREEMPTED_EXIT_CODE"
+
 
 class Preempted(SystemExit):
-    """A signal asked for the end, and all is saved: exits with 0, unless it is caught.
+    """A signal asked for the end, and all is saved: ends the process, unless it is caught.
+
+    With 0, for which torchrun and SLURM leave it at that. Where 0 means that the training is done,
+    as in a Job of Kubernetes, the launch file sets SHARDADAM_PREEMPTED_EXIT_CODE.
 
     Attributes:
         step: how many steps have been made.
         path: of the checkpoint.
+
+    Raises:
+        ValueError: SHARDADAM_PREEMPTED_EXIT_CODE is no exit code.
     """
 
     def __init__(self, step: int, path: Path) -> None:
-        super().__init__(0)  # other codes have launchers start it again at once, on the same node
+        super().__init__(_exit_code())
         self.step, self.path = step, path
 
     def __str__(self) -> str:
@@ -53,7 +62,7 @@ class Run:
 
     Raises:
         CheckpointError: there are checkpoints, and none that is whole and fits.
-        ValueError: ``every`` is not positive.
+        ValueError: ``every`` is not positive, or SHARDADAM_PREEMPTED_EXIT_CODE no exit code.
     """
 
     def __init__(
@@ -70,6 +79,7 @@ class Run:
     ) -> None:
         if every <= 0:
             raise ValueError(f"every: expected steps between checkpoints, found {every}")
+        _exit_code()  # a wrong one is refused now, and not when the node goes away
         self.step, self.extras = 0, dict[str, Any]()
         self.loaded: checkpoint.Loaded | None = None
         self._directory, self._every, self._keep = Path(directory), every, keep
@@ -111,3 +121,10 @@ class Run:
         return checkpoint.save(
             self._directory, step=self.step, keep=self._keep, extras=self.extras, **self._parts
         )
+
+
+def _exit_code() -> int:
+    code = os.environ.get(_EXIT_CODE, "0")
+    if not (code.isascii() and code.isdigit() and int(code) < 256):
+        raise ValueError(f"{_EXIT_CODE}: expected a number from 0 to 255, found {code!r}")
+    return int(code)
