@@ -59,6 +59,32 @@ def test_the_pytorchjob_fits_kubeflows_models(monkeypatch):
     assert client.sanitize_for_serialization(found) == job
 
 
+def pod_and_trainer(name: str) -> tuple[dict, dict]:
+    """The spec of its pods, and of the container in which torchrun runs."""
+    spec = documents(name)[-1]["spec"]
+    if name == "trainjob.yaml":
+        (patch,) = spec["runtimePatches"]
+        (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+        pod = node["template"]["spec"]["template"]["spec"]
+        return pod, pod["containers"][0] | spec["trainer"]
+    job = spec["pytorchReplicaSpecs"]["Worker"] if name == "pytorchjob.yaml" else spec
+    pod = job["template"]["spec"]
+    return pod, pod["containers"][0]
+
+
+@pytest.mark.parametrize("name", ["indexed_job.yaml", "pytorchjob.yaml", "trainjob.yaml"])
+def test_pods_can_save_and_say_that_they_are_not_done(name):
+    pod, trainer = pod_and_trainer(name)
+    mounted = {mount["mountPath"]: mount["name"] for mount in trainer["volumeMounts"]}
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    (out,) = (word.removeprefix("--out=") for word in trainer["args"] if word.startswith("--out="))
+    assert {mounted[out], mounted["/dev/shm"]} == volumes
+    environment = {each["name"]: each["value"] for each in trainer["env"]}
+    grace = int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    assert 60 < grace < pod["terminationGracePeriodSeconds"]
+    assert int(environment["SHARDADAM_PREEMPTED_EXIT_CODE"])
+
+
 def test_torchrun_starts_ranks_and_starts_them_again(tmp_path):
     undisturbed = launch("torchrun.sh", tmp_path / "one")
     assert launch("torchrun.sh", tmp_path / "two", DISTURBED="0:1:6:SIGKILL") == undisturbed
