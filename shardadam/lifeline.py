@@ -101,8 +101,11 @@ def own_address(host: str, port: int) -> str:
 
 def own_machine() -> str:
     """Where this process's loopback addresses lead to: differs between hosts, and containers."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ''}"
+    boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
+    if not (boot.exists() and space.exists()):
+        return socket.gethostname()
+    # A host's first namespace has the same number on every host.
+    return f"{boot.read_text().strip()}/{os.readlink(space)}"
 
 
 def _let_go(lifeline: Lifeline | None) -> None:

@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import torch.distributed as dist
 import shardadam
 from models import loss_of, mlp, train
 from ranks import run_ranks
-from shardadam import checkpoint
+from shardadam import alarm, checkpoint
 from shardadam.checkpoint import tensorfile
 from shardadam.lifeline import Lifeline
 
@@ -226,7 +225,7 @@ def knows_itself_by_loopback(rank: int) -> list[str]:
     """What is logged where rank 1 is on another host, whose own name leads to 127.0.0.1 there."""
     records = logged()
     if rank == 1:
-        socket.gethostname = lambda: "another"
+        alarm.own_machine = lambda: "another"
         begin = Lifeline.__init__
 
         def elsewhere(lifeline: Lifeline, host: str) -> None:

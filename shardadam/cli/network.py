@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shardadam.cli.findings import Finding
+from shardadam.lifeline import own_machine
 
 _ADDRESS_OF = 0x8915  # SIOCGIFADDR of Linux
 _TOLD = 4  # of many that have the same
@@ -19,10 +20,10 @@ _VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 class Place:
     """Where a rank is in the network.
 
-    ``host``: its name; ``machine``: what tells two hosts of one name apart. ``chosen``: the
-    interfaces that variables name. ``own``: the address that the host's name stands for, which is
-    what gloo takes when it is told nothing. ``interfaces``: names and addresses. ``towards``: this
-    rank's address as the master sees it.
+    ``host``: its name; ``machine``: as of `own_machine`. ``chosen``: the interfaces that variables
+    name. ``own``: the address that the host's name stands for, which is what gloo takes when it is
+    told nothing. ``interfaces``: names and addresses. ``towards``: this rank's address as the
+    master sees it.
     """
 
     host: str
@@ -36,10 +37,9 @@ class Place:
     def here(cls) -> "Place":
         """This process's."""
         host = socket.gethostname()
-        space = Path("/proc/self/ns/net")
         return cls(
             host=host,
-            machine=f"{host} {os.readlink(space) if space.exists() else ''}",
+            machine=own_machine(),
             chosen={name: os.environ[name] for name in _VARIABLES if os.environ.get(name)},
             own=_resolved(host),
             interfaces=_interfaces(),
