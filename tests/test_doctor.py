@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
-from shardadam.cli import doctor, together
+from shardadam import lifeline
+from shardadam.cli import between, doctor, machine
 from shardadam.cli.findings import Finding
 from shardadam.cli.main import main
 from shardadam.cli.network import Place, look_at_network
@@ -86,6 +88,12 @@ def test_well_ranks(tmp_path):
     assert "WRONG" not in told
 
 
+def test_a_rank_alone_exchanges_nothing(tmp_path):
+    codes, (told,), _ = examined(tmp_path, world_size=1)
+    assert codes == [0] and "WARN" not in told and "GB/s" not in told, told
+    assert "network     1 rank on 1 host" in told
+
+
 def test_under_torchrun():
     command = [*("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")]
     done = subprocess.run(
@@ -125,6 +133,8 @@ def test_a_rank_that_computes_wrong_is_known_to_all(tmp_path):
 def dies(rank: int) -> None:
     if rank == 1:
         os._exit(7)
+    if rank == 2:
+        no_such_interface(rank)
 
 
 def test_a_rank_that_is_not_there(tmp_path):
@@ -132,6 +142,7 @@ def test_a_rank_that_is_not_there(tmp_path):
     assert codes == [1, 7, 1]
     assert "WRONG rank" in told and "nothing was heard of rank 1 within 4 s" in told
     assert "not tried: ranks are missing" in told
+    assert "rank 2 on " in told and "rank 1 on " not in told  # by its number, not its place
     assert "of rank 1: rank: nothing was heard of rank 1" in other
     assert took < 6 * TIMEOUT_S
 
@@ -167,7 +178,7 @@ def test_no_store(capfd, monkeypatch):
 def wrong_clock(rank: int) -> None:
     if rank == 1:
         ahead = time.time
-        together.time = SimpleNamespace(time=lambda: ahead() + 5, perf_counter=time.perf_counter)
+        between.time = SimpleNamespace(time=lambda: ahead() + 5, perf_counter=time.perf_counter)
 
 
 def test_clocks(tmp_path):
@@ -198,25 +209,50 @@ def place(host: str, own: str, **chosen: str) -> Place:
 def test_gloo_on_loopback_between_hosts():
     """Debian's /etc/hosts gives a host's own name an address that only it can reach."""
     well = place("node1", "10.0.0.1")
-    (found,) = look_at_network([well, place("node2", "127.0.1.1")], False)
+    (found,) = look_at_network({0: well, 3: place("node2", "127.0.1.1")}, False)
     assert found.level == "wrong"
-    assert "rank 1 on node2 would tell ranks on other hosts to reach it at 127.0.1.1" in found.found
+    assert "rank 3 on node2 would tell ranks on other hosts to reach it at 127.0.1.1" in found.found
     assert found.advice == "on node2: export GLOO_SOCKET_IFNAME=eth0"
     named = place("node2", "10.0.0.2", GLOO_SOCKET_IFNAME="lo")
-    (found,) = look_at_network([well, named], False)
+    (found,) = look_at_network({0: well, 1: named}, False)
     assert "GLOO_SOCKET_IFNAME=lo" in found.found
     helped = place("node2", "127.0.1.1", GLOO_SOCKET_IFNAME="eth0")
-    (found,) = look_at_network([well, helped], False)
+    (found,) = look_at_network({0: well, 1: helped}, False)
     assert found == Finding("network", "ok", "2 ranks on 2 hosts, by eth0")
-    (found,) = look_at_network([place("node1", "127.0.1.1")] * 2, False)  # one host
+    (found,) = look_at_network(
+        dict.fromkeys((0, 1), place("node1", "127.0.1.1")), False
+    )  # one host
     assert found.level == "ok"
+
+
+def test_machines_are_told_apart_by_their_network_too():
+    """Containers of one host may have its name, and loopback addresses of their own."""
+    code = "from shardadam.lifeline import own_machine; print(own_machine())"
+    command = ["unshare", "--net", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no network namespace can be made here: {done.stderr.strip()}")
+    boot, space = lifeline.own_machine().split("/", 1)
+    there, other = done.stdout.strip().split("/", 1)
+    assert boot == there and space != other
+    assert Place.here().machine == f"{boot}/{space}"
+
+
+def test_threads_of_ranks_that_share_cpus_or_have_their_own():
+    own = machine.look_at_threads([(2, [0, 1]), (2, [2, 3])])
+    assert own == [Finding("threads", "ok", "2 per rank, 4 CPUs for 2 ranks")]
+    (found,) = machine.look_at_threads([(2, [0, 1])] * 2)
+    assert found.level == "warning" and "OMP_NUM_THREADS=1" in found.advice
+    (found,) = machine.look_at_threads([(4, [0, 1]), (4, [2, 3, 4, 5, 6, 7])])
+    assert found.found == "4 per rank, 8 CPUs for 2 ranks, 2 for one"
+    assert found.level == "warning" and "OMP_NUM_THREADS=2" in found.advice
 
 
 def test_versions_that_differ():
     one, other = {"python": "3.12.1", "torch": "2.13.0"}, {"python": "3.11.7", "torch": "2.12.0"}
-    warning, wrong = doctor._same_versions([one, one, other])
+    warning, wrong = doctor._same_versions({0: one, 1: one, 3: other})
     assert (warning.level, wrong.level) == ("warning", "wrong")
-    assert wrong.found == "torch is 2.13.0 on rank 0 and 2.12.0 on rank 2"
+    assert wrong.found == "torch is 2.13.0 on rank 0 and 2.12.0 on rank 3"
 
 
 def test_without_a_compiled_kernel(capsys, monkeypatch):

@@ -80,7 +80,7 @@ LEVELS = [
         "cli.torchfile",
     ],
     ["cli.apex", "cli.deepspeed", "cli.findings"],
-    ["cli.machine", "cli.network", "cli.numerics", "cli.ranks", "cli.together"],
+    ["cli.between", "cli.launched", "cli.machine", "cli.network", "cli.numerics"],
     ["cli.recognising"],
     ["cli.checking", "cli.converting", "cli.doctor", "cli.inspecting", "cli.planning"],
     ["cli.main"],
@@ -200,7 +200,7 @@ def test_only_ranks_alarm_and_collectives_call_torch_distributed():
                 "Metadata",
                 "save",
             }  # of one process, without process groups
-        if name == "cli.ranks":
+        if name == "cli.launched":
             # A command's own ranks meet, and part.
             called -= {"PrefixStore", "TCPStore"}
             called -= {"dist.init_process_group", "dist.destroy_process_group"}

@@ -1,21 +1,23 @@
 """`doctor`: look at each rank alone, then at what is between them, and say what is wrong."""
 
+import functools
 import itertools
 import json
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from shardadam.cli import machine
+from shardadam.cli.between import look_at_bandwidth, look_at_clocks
 from shardadam.cli.findings import Finding, looked, wrong
+from shardadam.cli.launched import Launched
 from shardadam.cli.network import Place, look_at_network
 from shardadam.cli.numerics import self_test
-from shardadam.cli.ranks import Ranks
 from shardadam.cli.telling import DAMAGED, WHOLE, one_line
-from shardadam.cli.together import look_at_bandwidth, look_at_clocks
 
 _PATIENCE = 4
 """Timeouts after which a rank ends itself: others wait for it at most thrice."""
@@ -27,27 +29,30 @@ def examine(*, as_json: bool, timeout: float) -> int:
     Raises:
         CommandError: a launcher's store can't be reached.
     """
-    if not Ranks.launched():
-        own = _look_here(0, 1)
+    if not Launched.some():
+        own = _look_here(0)
+        own += looked("threads", lambda: machine.look_at_threads([machine.threads()]))
         _tell([own], [], as_json)
         return DAMAGED if wrong(own) else WHOLE
     with _watched(_PATIENCE * timeout):
-        ranks = Ranks(timeout)
-        own = _look_here(ranks.local_rank, ranks.local_ranks)
+        ranks = Launched(timeout)
+        own = _look_here(ranks.local_rank)
     with _watched(_PATIENCE * timeout):
         said = {
             "findings": [finding.as_json() for finding in own],
             "place": Place.here().as_json(),
             "versions": machine.versions(),
+            "threads": machine.threads(),
         }
         heard = ranks.share("alone", said)
+        shared = _look_at_threads(heard)
         per_rank = [
-            _silent(rank, timeout)
-            if report is None
-            else [Finding(**finding) for finding in report["findings"]]
-            for rank, report in enumerate(heard)
+            [*(Finding(**finding) for finding in heard[rank]["findings"]), *shared[rank]]
+            if rank in heard
+            else _silent(rank, timeout)
+            for rank in range(ranks.world_size)
         ]
-        between = _look_between(ranks, [report for report in heard if report is not None])
+        between = _look_between(ranks, heard)
         if ranks.rank == 0:
             _tell(per_rank, between, as_json)
         else:
@@ -56,7 +61,7 @@ def examine(*, as_json: bool, timeout: float) -> int:
         return DAMAGED if wrong([*between, *itertools.chain(*per_rank)]) else WHOLE
 
 
-def _look_here(local_rank: int, local_ranks: int) -> list[Finding]:
+def _look_here(local_rank: int) -> list[Finding]:
     device = machine.device_of(local_rank)
     return [
         *looked("versions", machine.look_at_versions),
@@ -64,7 +69,6 @@ def _look_here(local_rank: int, local_ranks: int) -> list[Finding]:
         *looked("CPU kernel", machine.look_at_twin),
         *looked("GPU", lambda: machine.look_at_gpu(device)),
         *looked("NVRTC", lambda: machine.look_at_nvrtc(device)),
-        *looked("threads", lambda: machine.look_at_threads(local_ranks)),
         *looked("numerics", lambda: self_test(device)),
     ]
 
@@ -75,19 +79,38 @@ def _silent(rank: int, timeout: float) -> list[Finding]:
     return [Finding("rank", "wrong", found, advice)]
 
 
-def _look_between(ranks: Ranks, heard: Sequence[dict[str, Any]]) -> list[Finding]:
+_Heard = Mapping[int, dict[str, Any]]
+"""Reports by rank; the silent ones have none."""
+
+
+def _look_at_threads(heard: _Heard) -> dict[int, list[Finding]]:
+    """For each rank, of all that are on its machine."""
+    machines: dict[str, list[int]] = defaultdict(list)
+    for rank, report in heard.items():
+        machines[report["place"]["machine"]].append(rank)
+    found: dict[int, list[Finding]] = {}
+    for ranks in machines.values():
+        threads = [heard[rank]["threads"] for rank in ranks]
+        findings = looked("threads", functools.partial(machine.look_at_threads, threads))
+        found |= dict.fromkeys(ranks, findings)
+    return found
+
+
+def _look_between(ranks: Launched, heard: _Heard) -> list[Finding]:
     """What can only be seen by all; nothing that would hang is tried."""
     device = machine.device_of(ranks.local_rank)
-    places = [Place(**report["place"]) for report in heard]
+    places = {rank: Place(**report["place"]) for rank, report in heard.items()}
     findings = [
-        *_same_versions([report["versions"] for report in heard]),
+        *_same_versions({rank: report["versions"] for rank, report in heard.items()}),
         *looked("network", lambda: look_at_network(places, device.type == "cuda")),
     ]
     if len(heard) < ranks.world_size or wrong(findings):
         why = "not tried: ranks are missing or can't reach each other, see above"
         return [*findings, Finding("collectives", "note", why)]
+    if ranks.world_size == 1:
+        return findings  # it exchanges nothing
     try:
-        with ranks.together(device) as communicator:
+        with ranks.process_group(device) as communicator:
             measured = [*look_at_clocks(communicator), *look_at_bandwidth(communicator)]
     except (RuntimeError, ValueError, OSError) as error:
         advice = (
@@ -101,23 +124,24 @@ def _look_between(ranks: Ranks, heard: Sequence[dict[str, Any]]) -> list[Finding
     said = ranks.share("together", [finding.as_json() for finding in measured])
     failed = [
         finding
-        for rank, report in enumerate(said)
+        for rank in range(ranks.world_size)
         for finding in (
-            _silent(rank, ranks.timeout)
-            if report is None
-            else wrong([Finding(**finding) for finding in report])
+            wrong([Finding(**finding) for finding in said[rank]])
+            if rank in said
+            else _silent(rank, ranks.timeout)
         )
     ]
     return [*findings, *(failed or measured)]
 
 
-def _same_versions(versions: Sequence[dict[str, str]]) -> list[Finding]:
+def _same_versions(versions: Mapping[int, dict[str, str]]) -> list[Finding]:
     findings = []
-    for name in versions[0]:
-        found = [own[name] for own in versions]
-        if len(set(found)) > 1:
-            other = next(rank for rank, own in enumerate(found) if own != found[0])
-            told = f"{name} is {found[0]} on rank 0 and {found[other]} on rank {other}"
+    first = min(versions)
+    for name, here in versions[first].items():
+        others = [rank for rank, own in versions.items() if own[name] != here]
+        if others:
+            other = versions[others[0]][name]
+            told = f"{name} is {here} on rank {first} and {other} on rank {others[0]}"
             advice = "install the same on every host: results and messages may differ"
             level = "warning" if name == "python" else "wrong"
             findings.append(Finding("versions", level, told, advice))  # type: ignore[arg-type]

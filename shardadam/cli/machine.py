@@ -3,6 +3,7 @@
 import os
 import platform
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -112,13 +113,27 @@ def look_at_nvrtc(device: torch.device) -> list[Finding]:
     return [*findings, Finding("cubin cache", "warning", f"{nearest} can't be written", advice)]
 
 
-def look_at_threads(local_ranks: int) -> list[Finding]:
-    """Whether the ranks of this machine take each other's cores."""
-    few = hasattr(os, "sched_getaffinity")  # a container or launcher may leave a process few
-    cores = len(os.sched_getaffinity(0)) if few else os.cpu_count() or 1
-    threads = torch.get_num_threads()
-    told = f"{threads} per rank, {cores} CPUs for {local_ranks} rank{'s' * (local_ranks != 1)}"
-    if threads * local_ranks <= cores or threads == 1:
+def threads() -> tuple[int, list[int]]:
+    """This process's number of threads, and its CPUs: a container or launcher may leave it few."""
+    few = hasattr(os, "sched_getaffinity")
+    cpus = os.sched_getaffinity(0) if few else range(os.cpu_count() or 1)
+    return torch.get_num_threads(), sorted(cpus)
+
+
+def look_at_threads(ranks: Sequence[tuple[int, Sequence[int]]]) -> list[Finding]:
+    """Whether the ranks of one machine, of which each has such `threads`, take each other's CPUs.
+
+    Ranks may share all CPUs, or have some of their own.
+    """
+    most = max(count for count, _ in ranks)
+    fewest = min(len(cpus) for _, cpus in ranks)
+    cores = len({cpu for _, cpus in ranks for cpu in cpus})
+    told = f"{most} per rank, {cores} CPUs for {len(ranks)} rank{'s' * (len(ranks) != 1)}"
+    fits = sum(count for count, _ in ranks) <= cores
+    if most == 1 or (fits and all(count <= len(cpus) for count, cpus in ranks)):
         return [Finding("threads", "ok", told)]
-    advice = f"they wait for each other: set OMP_NUM_THREADS={max(cores // local_ranks, 1)}"
+    if fewest < cores:
+        told += f", {fewest} for one"
+    fitting = max(min(cores // len(ranks), fewest), 1)
+    advice = f"they wait for each other: set OMP_NUM_THREADS={fitting}"
     return [Finding("threads", "warning", told, advice)]

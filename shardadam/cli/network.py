@@ -3,7 +3,7 @@
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,16 @@ class Place:
         return (names or others or ["the interface that `ip addr` shows"])[0]
 
 
-def look_at_network(places: Sequence[Place], uses_nccl: bool) -> list[Finding]:
-    """Whether the ranks, in their order, can reach each other, before they try."""
-    machines = {place.machine for place in places}
+def look_at_network(places: Mapping[int, Place], uses_nccl: bool) -> list[Finding]:
+    """Whether the ranks can reach each other, before they try; ``places``: by rank."""
+    machines = {place.machine for place in places.values()}
     variable = _VARIABLES[uses_nccl]
-    told = f"{len(places)} ranks on {len(machines)} host{'s' * (len(machines) != 1)}"
+    told = (
+        f"{len(places)} rank{'s' * (len(places) != 1)} on {len(machines)} "
+        f"host{'s' * (len(machines) != 1)}"
+    )
     findings = []
-    for rank, place in enumerate(places):
+    for rank, place in places.items():
         missing = [
             f"{name}={value}"
             for name, value in place.chosen.items()
@@ -91,7 +94,7 @@ def look_at_network(places: Sequence[Place], uses_nccl: bool) -> list[Finding]:
         return [*findings[:_TOLD], more]
     if findings:
         return findings
-    by = sorted({place.chosen.get(variable, "") for place in places} - {""})
+    by = sorted({place.chosen.get(variable, "") for place in places.values()} - {""})
     return [Finding("network", "ok", told + (f", by {', '.join(by)}" if by else ""))]
 
 

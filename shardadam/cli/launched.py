@@ -22,13 +22,12 @@ from shardadam.collectives import Communicator
 _LEAVING_S = 10.0
 
 
-class Ranks:
+class Launched:
     """This rank and the others; all wait at most ``timeout`` seconds for each other."""
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -54,18 +53,19 @@ class Ranks:
         self._key = f"doctor/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{attempt}"
 
     @classmethod
-    def launched(cls) -> bool:
+    def some(cls) -> bool:
         """Whether a launcher says that there are ranks."""
         return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
-    def share(self, topic: str, said: Any) -> list[Any]:
-        """What every rank says of ``topic``; None for those that have said nothing in time."""
+    def share(self, topic: str, said: Any) -> dict[int, Any]:
+        """What every rank says of ``topic``, by rank, but for those that say nothing in time."""
         self._say(topic, said)
         deadline = time.monotonic() + self.timeout
-        return [
-            said if rank == self.rank else self._heard(topic, rank, deadline)
+        heard = {
+            rank: said if rank == self.rank else self._heard(topic, rank, deadline)
             for rank in range(self.world_size)
-        ]
+        }
+        return {rank: words for rank, words in heard.items() if words is not None}
 
     def leave(self) -> None:
         """Wait until all have read what they want: a launcher ends all when the first one fails.
@@ -83,7 +83,7 @@ class Ranks:
             self._heard("gone", rank, deadline)
 
     @contextmanager
-    def together(self, device: torch.device) -> Iterator[Communicator]:
+    def process_group(self, device: torch.device) -> Iterator[Communicator]:
         """All ranks in a process group, while it lasts. Collective.
 
         Raises:
