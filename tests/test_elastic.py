@@ -1,6 +1,7 @@
 """Runs that are killed, asked to end, started again: they end as if nothing had happened."""
 
 import itertools
+import multiprocessing
 import os
 import random
 import signal
@@ -144,6 +145,26 @@ def test_batches_are_shared_out():
         elastic.Batches(100, batch_size=12, rank=0, world_size=8)
     with pytest.raises(ValueError, match="batch_size: 128 is more than there are samples, 100"):
         elastic.Batches(100, batch_size=128, rank=0, world_size=8)
+
+
+@pytest.mark.parametrize("before", [signal.SIG_DFL, lambda *_: os._exit(3)])
+def test_forked_processes_end_by_signals_as_before(before, tmp_path):
+    run = elastic.Run(tmp_path, every=100, model=torch.nn.Linear(3, 3))
+    kept = signal.signal(signal.SIGTERM, before)
+    try:
+        for _ in run.steps(2):
+            context = multiprocessing.get_context("fork")
+            runs = context.Event()
+            child = context.Process(target=lambda runs=runs: (runs.set(), time.sleep(60)))
+            child.start()
+            runs.wait()  # Python forgets signals that come to a process before
+            child.terminate()
+            child.join(10)
+            code = child.exitcode
+            child.kill()
+            assert code == (3 if callable(before) else -signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, kept)
 
 
 def test_the_launcher_says_how_a_preempted_run_exits(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Signals that ask a process to end, as its launcher sends them."""
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -11,11 +12,14 @@ ASKING = (signal.SIGTERM, signal.SIGUSR1)
 class Requests:
     """A context in which `ASKING` signals are noted, and no longer end the process.
 
+    Those to a process that is forked in it do what they did before.
+
     ``received``: the last one, or None.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._process = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Requests":
@@ -40,4 +44,8 @@ class Requests:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
+        if os.getpid() == self._process:
+            self.received = signal.Signals(number)
+        else:  # forked: a loader's worker, which nobody would end otherwise
+            signal.signal(number, self._before[signal.Signals(number)])
+            signal.raise_signal(number)
