@@ -153,12 +153,16 @@ def train(
         saved["optimizer"] = optimizer
     losses: list[float] = []
     seconds_before = 0.0
-    if args.resume and any(directory.glob("step-*")):
-        found = checkpoint.load(directory, **saved).extras
-        check_settings(found["settings"], settings)
-        losses, seconds_before = found["losses"], found["seconds"]
-        if name == THEIRS:
-            set_optimizer_state_dict(model, optimizer, found, options=FLAT)
+    if args.resume:
+        try:
+            found = checkpoint.load(directory, **saved).extras
+        except checkpoint.NoCheckpoint:
+            pass  # from the beginning
+        else:
+            check_settings(found["settings"], settings)
+            losses, seconds_before = found["losses"], found["seconds"]
+            if name == THEIRS:
+                set_optimizer_state_dict(model, optimizer, found, options=FLAT)
 
     log = None
     if name == OURS and args.tensorboard is not None:

@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -165,6 +166,34 @@ def test_forked_processes_end_by_signals_as_before(before, tmp_path):
             assert code == (3 if callable(before) else -signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, kept)
+
+
+def test_a_run_begins_anew_only_where_there_is_no_checkpoint(tmp_path):
+    """Also if a save broke off between its renames, or there are files of other names."""
+    (tmp_path / "step-notes.txt").touch()
+    model = torch.nn.Linear(3, 3)
+    run = elastic.Run(tmp_path, every=2, model=model)
+    assert run.loaded is None
+    assert list(run.steps(2)) == [0, 1]
+    whole = tmp_path / "step-00000002"
+    whole.rename(tmp_path / f"replaced-{whole.name}-{'0' * 16}")
+    again = elastic.Run(tmp_path, every=2, model=model)
+    assert (again.step, again.loaded.step) == (2, 2)
+
+
+def run_where_one_folder_cant_be_read(rank: int, folder: Path) -> str:
+    name = folder / ("a" * 300 if rank == 0 else "a")
+    try:
+        elastic.Run(name, every=2, model=torch.nn.Linear(3, 3))
+    except (OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "begun"
+
+
+def test_a_folder_that_cant_be_read_is_an_error_on_every_rank(tmp_path):
+    first, second = run_ranks(2, run_where_one_folder_cant_be_read, tmp_path)
+    assert first.startswith("OSError") and "File name too long" in first
+    assert re.match("OSError.*rank 0 of 2: File name too long", second)
 
 
 def test_the_launcher_says_how_a_preempted_run_exits(tmp_path, monkeypatch):

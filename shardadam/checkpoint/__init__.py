@@ -9,7 +9,7 @@ Plain safetensors files and a manifest in JSON, see [Note: the format] in `manif
 executes nothing.
 """
 
-from shardadam.checkpoint.errors import CheckpointError
+from shardadam.checkpoint.errors import CheckpointError, NoCheckpoint
 from shardadam.checkpoint.loading import Loaded, latest, load
 from shardadam.checkpoint.saving import Pending, async_save, save
 from shardadam.checkpoint.verifying import Verified, verify
@@ -17,6 +17,7 @@ from shardadam.checkpoint.verifying import Verified, verify
 __all__ = [
     "CheckpointError",
     "Loaded",
+    "NoCheckpoint",
     "Pending",
     "Verified",
     "async_save",

@@ -1,4 +1,4 @@
-"""The error for what is wrong with a checkpoint, and one kind of it."""
+"""The error for what is wrong with a checkpoint, and kinds of it."""
 
 
 class CheckpointError(ValueError):
@@ -6,6 +6,10 @@ class CheckpointError(ValueError):
 
     What the operating system reports (a full disk, a missing permission) stays an OSError.
     """
+
+
+class NoCheckpoint(CheckpointError):
+    """The directory has none, whole or broken: a run that is new."""
 
 
 class OtherVersion(CheckpointError):

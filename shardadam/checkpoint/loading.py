@@ -12,7 +12,7 @@ from torch import nn
 
 from shardadam.agreement import Point, digest
 from shardadam.checkpoint import folders
-from shardadam.checkpoint.errors import CheckpointError, OtherVersion
+from shardadam.checkpoint.errors import CheckpointError, NoCheckpoint, OtherVersion
 from shardadam.checkpoint.filling import write_shard
 from shardadam.checkpoint.fitting import Fit, Fitter
 from shardadam.checkpoint.progress import Bar
@@ -71,15 +71,18 @@ def load(
 
     Raises:
         CheckpointError: no checkpoint is whole, or the newest does not fit or is of another version
-            of the format; nothing has changed.
+            of the format; nothing has changed. `NoCheckpoint` where there is none at all.
         RuntimeError: a rank failed; if reading broke off, the optimizer says so from now on. This
             and the others on every rank.
     """
     finish()
     communicator = communicator_of(optimizer, process_group)
     root = Path(directory)
+    paths = _candidates(communicator, root, optimizer)
+    if not paths:
+        raise NoCheckpoint(f"{root}: expected a folder step-… with a whole checkpoint, found none")
     skipped: list[tuple[Path, str]] = []
-    for path in _candidates(communicator, root, optimizer):
+    for path in paths:
         opened: Opened | None = None
         try:
             try:
@@ -101,8 +104,8 @@ def load(
         return loaded
     reasons = "".join(f"\n  {path.name}: {reason}" for path, reason in skipped)
     raise CheckpointError(
-        f"{root}: expected a folder step-… with a whole checkpoint, found "
-        f"{f'{len(skipped)} that are broken:{reasons}' if skipped else 'none'}"
+        f"{root}: expected a folder step-… with a whole checkpoint, found {len(skipped)} that are "
+        f"broken:{reasons}"
     )
 
 

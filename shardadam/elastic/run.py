@@ -62,6 +62,7 @@ class Run:
 
     Raises:
         CheckpointError: there are checkpoints, and none that is whole and fits.
+        OSError: the first rank can't read the directory. This and the former on every rank.
         ValueError: ``every`` is not positive, or SHARDADAM_PREEMPTED_EXIT_CODE no exit code.
     """
 
@@ -86,10 +87,11 @@ class Run:
         self._parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "rng": rng}
         self._parts |= {"lr_scheduler": lr_scheduler, "process_group": process_group}
         self._communicator = communicator_of(optimizer, process_group)
-        # The first rank's view of the folder counts: a network's may come later elsewhere.
-        there = self._communicator.rank == 0 and any(self._directory.glob("step-*"))
-        if meet(self._communicator, Point.LOAD, {"there": there})["there"].high:
+        try:
             self.loaded = checkpoint.load(directory, **self._parts)
+        except checkpoint.NoCheckpoint:
+            pass  # a new run
+        else:
             self.step, self.extras = self.loaded.step, dict(self.loaded.extras)
 
     def steps(self, total: int) -> Iterator[int]:
