@@ -42,9 +42,14 @@ class Hardware:
             CommandError: they don't fill all.
         """
         places = self.per_node or ranks
-        if ranks > places and ranks % places:
+        if ranks != self.filling(ranks):
             raise CommandError(f"--per-node {places}: expected a divisor of --ranks, found {ranks}")
         return max(1, ranks // places)
+
+    def filling(self, ranks: int) -> int:
+        """The least ranks, not fewer than ``ranks``, that fill all nodes or are on one."""
+        places = self.per_node or ranks
+        return ranks if ranks <= places else -(-ranks // places) * places
 
     def seconds(self, plan: Plan) -> float | None:
         """What a step's exchanges take by the links alone, if they are known."""
@@ -220,7 +225,7 @@ def _way_out(
     """What would help where nothing fits."""
     assert hardware.memory is not None
     more = ranks
-    while (more := 2 * more) <= _MOST_RANKS:
+    while (more := hardware.filling(2 * more)) <= _MOST_RANKS:
         found = cheapest(plans_for(model, dtypes, more, hardware, wanted), more, hardware)
         if found is not None:
             return f"It would on {more} ranks, with {found.dtype}, {found.grads}, {found.memory}."
