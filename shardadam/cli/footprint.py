@@ -131,9 +131,20 @@ class Trained:
     def _lay_out(
         self, memory: Memory, ways: Ways, bucket_bytes: int
     ) -> list[tuple[Bucket, Storage]]:
-        how = formats(memory, "fp32", "auto")
+        state, master = formats(memory, "fp32", "auto")
         options = Options(
-            None, None, False, "mean", False, False, None, *how, None, bucket_bytes, 0
+            process_group=None,
+            mesh=None,
+            replicate_state=False,
+            grad_sync="mean",
+            shard_grads=False,
+            update_in_backward=False,
+            max_grad_norm=None,
+            state=state,
+            master=master,
+            offload=None,
+            bucket_bytes=bucket_bytes,
+            seed=0,
         )
         device = self.candidates[0].param.device
         masters = [master_of(candidate, device, options) for candidate in self.candidates]

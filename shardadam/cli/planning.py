@@ -13,6 +13,8 @@ from shardadam.options import DEFAULT_BUCKET_BYTES
 
 _MOST_RANKS = 1 << 14
 _SPREADS = {"flat": "all, flat", "mesh": "all, mesh", "replicated": "a node, mesh"}
+_WORDS = {"state over", "dtype", "gradients", "memory", "fits"}
+"""Columns that hold no numbers."""
 _NO_WAY = (
     "Nor on more ranks: params, activations and what is in transit are on every rank. Expected "
     "fewer activations, a smaller --bucket-bytes, or params sharded by FSDP2 (docs/fsdp2.md)."
@@ -80,49 +82,13 @@ def plan(model: Model, hardware: Hardware, wanted: Wanted, png: Path | None) -> 
         for ranks in hardware.ranks
         for each in plans_for(model, dtypes, ranks, hardware, wanted)
     ]
-    trained = model.of(dtypes[0])
-    facts = {
-        "trained": f"{trained.numel:,} params, built in {model.own}",
-        "memory": "not given: --memory says what fits"
-        if hardware.memory is None
-        else f"{size(hardware.memory)} per rank",
-        "sent by": hardware.transport
-        + ("" if hardware.link is None else f", {hardware.link / 1e9:g} GB/s per rank")
-        + (f", {hardware.node_link / 1e9:g} GB/s per node" if hardware.node_link else ""),
-    }
-    spread = any(each.ways.nodes > 1 for each in plans)
-    if not wanted.activations:
-        facts["not in it"] = "activations (--activations), the framework, fragments"
-    if model.note:
-        facts["note"] = model.note
-    head = [
-        "ranks",
-        *["state over"] * spread,
-        "dtype",
-        "gradients",
-        "memory",
-        "params",
-        "grads",
-        "state",
-        "transit",
-    ]
-    head += ["activations"] * bool(wanted.activations)
-    head += [
-        "peak",
-        "sent a step",
-        *["between nodes"] * spread,
-        *["seconds"] * (hardware.link is not None),
-    ]
-    head += ["fits"] * (hardware.memory is not None)
-    rows = [_row(each, hardware, wanted, spread=spread) for each in plans]
-    numbers = {"ranks", "params", "grads", "state", "transit", "activations", "peak"}
-    numbers |= {"sent a step", "between nodes", "seconds"}
-    show_tables(f"plan for {model.name}", facts, [(head, rows)], numbers)
+    _show(model, model.of(dtypes[0]).numel, plans, hardware, wanted)
     if png is not None:
         from shardadam.cli.plan_figure import draw
 
         flat = [each for each in plans if each.ways.spread == "flat"]
-        draw(flat, hardware.memory, f"{model.name}: {trained.numel:,} params", png)
+        title = f"{model.name}: {model.of(dtypes[0]).numel:,} params"
+        draw(flat, hardware.memory, title, png)
     if hardware.memory is None:
         return WHOLE
     print()
@@ -130,20 +96,64 @@ def plan(model: Model, hardware: Hardware, wanted: Wanted, png: Path | None) -> 
     for ranks, found in zip(hardware.ranks, best, strict=True):
         where = f"on {ranks} rank{'s' * (ranks != 1)}"
         if found is None:
-            smallest = min(
-                (each for each in plans if each.world_size == ranks),
-                key=lambda each: each.footprint.total,
+            smallest = min(p.footprint.total for p in plans if p.world_size == ranks)
+            print(
+                f"{where}: nothing fits; the smallest is {size(smallest - hardware.memory)} over."
             )
-            over = smallest.footprint.total - hardware.memory
-            print(f"{where}: nothing fits; the smallest is {size(over)} over.")
             least = min(p.footprint.params + p.footprint.activations for p in plans)
             helps = least < hardware.memory  # what is on every rank leaves room
             print(f"  {_way_out(model, dtypes, ranks, hardware, wanted) if helps else _NO_WAY}")
         else:
-            print(f"{where}, the cheapest that fits leaves {size(_left(found, hardware))}:")
+            left = hardware.memory - found.footprint.total
+            print(f"{where}, the cheapest that fits leaves {size(left)}:")
             for line in constructor(found, model.own, wanted.bucket_bytes, hardware.transport):
                 print(f"  {line}")
     return WHOLE if all(best) else DAMAGED
+
+
+def _show(
+    model: Model, numel: int, plans: Sequence[Plan], hardware: Hardware, wanted: Wanted
+) -> None:
+    """Print the table."""
+    facts = {
+        "trained": f"{numel:,} params, built in {model.own}",
+        "memory": "not given: --memory says what fits"
+        if hardware.memory is None
+        else f"{size(hardware.memory)} per rank",
+        "sent by": hardware.transport
+        + ("" if hardware.link is None else f", {hardware.link / 1e9:g} GB/s per rank")
+        + (f", {hardware.node_link / 1e9:g} GB/s per node" if hardware.node_link else ""),
+    }
+    if not wanted.activations:
+        facts["not in it"] = "activations (--activations), the framework, fragments"
+    if model.note:
+        facts["note"] = model.note
+    spread = any(each.ways.nodes > 1 for each in plans)
+    rows = [_row(each, hardware, wanted, spread=spread) for each in plans]
+    head = list(rows[0])
+    cells = [list(row.values()) for row in rows]
+    show_tables(f"plan for {model.name}", facts, [(head, cells)], set(head) - _WORDS)
+
+
+def _row(each: Plan, hardware: Hardware, wanted: Wanted, *, spread: bool) -> dict[str, str]:
+    """By column."""
+    parts, seconds = each.footprint, hardware.seconds(each)
+    row = {"ranks": str(each.world_size)}
+    if spread:
+        row["state over"] = _SPREADS[each.ways.spread]
+    row |= {"dtype": each.dtype, "gradients": each.grads, "memory": each.memory}
+    row |= {"params": size(parts.params), "grads": size(parts.grads)}
+    row |= {"state": size(parts.state), "transit": size(parts.transients)}
+    if wanted.activations:
+        row["activations"] = size(parts.activations)
+    row |= {"peak": size(parts.total), "sent a step": size(each.sent)}
+    if spread:
+        row["between nodes"] = size(each.traffic.across)
+    if seconds is not None:
+        row["seconds"] = f"{seconds:.3g}"
+    if hardware.memory is not None:
+        row["fits"] = "yes" if parts.total <= hardware.memory else "no"
+    return row
 
 
 def plans_for(
@@ -197,26 +207,6 @@ def constructor(chosen: Plan, own: str, bucket_bytes: int, transport: Transport)
         arguments.append(f"bucket_bytes={bucket_bytes}")
     cast = [] if chosen.dtype == own else [f"model.to({DTYPES[chosen.dtype]})"]
     return [*cast, *mesh, f"optimizer = shardadam.AdamW({', '.join(arguments)})"]
-
-
-def _left(chosen: Plan, hardware: Hardware) -> int:
-    assert hardware.memory is not None
-    return hardware.memory - chosen.footprint.total
-
-
-def _row(each: Plan, hardware: Hardware, wanted: Wanted, *, spread: bool) -> list[str]:
-    parts = each.footprint
-    sums = [parts.params, parts.grads, parts.state, parts.transients]
-    sums += [parts.activations] * bool(wanted.activations)
-    row = [str(each.world_size), *[_SPREADS[each.ways.spread]] * spread]
-    row += [each.dtype, each.grads, each.memory, *map(size, sums)]
-    row += [size(parts.total), size(each.sent), *[size(each.traffic.across)] * spread]
-    seconds = hardware.seconds(each)
-    if seconds is not None:
-        row.append(f"{seconds:.3g}")
-    if hardware.memory is not None:
-        row.append("yes" if parts.total <= hardware.memory else "no")
-    return row
 
 
 def _way_out(
