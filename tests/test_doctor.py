@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from shardadam import lifeline
 from shardadam.cli import between, doctor, machine
@@ -42,19 +43,24 @@ def rank_main(
         sicken(rank)
     code = main(["doctor", "--timeout", str(timeout)])
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 
 def examined(
-    folder: Path, sicken: Callable | None = None, world_size: int = 2, timeout: float = 60
+    folder: Path,
+    sicken: Callable | None = None,
+    world_size: int = 2,
+    timeout: float = 60,
+    **more: str,
 ) -> tuple[list[int | None], list[str], float]:
     """Exit codes and outputs of ranks as SLURM would start them, and how long it took."""
     context = multiprocessing.get_context("fork")
     environment = {
         "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
+        **more,
     }
     start = time.monotonic()
     processes = [
@@ -145,6 +151,46 @@ def test_a_rank_that_is_not_there(tmp_path):
     assert "rank 2 on " in told and "rank 1 on " not in told  # by its number, not its place
     assert "of rank 1: rank: nothing was heard of rank 1" in other
     assert took < 6 * TIMEOUT_S
+
+
+def agent(port: int) -> None:
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    time.sleep(1000)
+    del store
+
+
+def counts_otherwise(rank: int) -> None:
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(rank)
+
+
+def counts_otherwise_and_is_sick(rank: int) -> None:
+    counts_otherwise(rank)
+    no_such_interface(rank)
+
+
+def test_attempts_that_agents_count_otherwise(tmp_path):
+    """Nothing that an earlier attempt has left in torchrun's store is read, and all else is."""
+    port = free_port()
+    process = multiprocessing.get_context("fork").Process(target=agent, args=(port,))
+    process.start()
+    where = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(port)}
+    try:
+        for sicken, code in ((counts_otherwise_and_is_sick, 1), (counts_otherwise, 0)):
+            folder = tmp_path / str(code)
+            folder.mkdir()
+            codes, outputs, _ = examined(folder, sicken, timeout=20, **where)
+            assert codes == [code, code], outputs
+            assert "nothing was heard" not in outputs[0] + outputs[1]
+        codes, (_, other), _ = examined(folder, dies_first, timeout=2, **where)
+        assert codes == [7, 2] and "nothing was heard of rank 0 within 2 s" in other
+    finally:
+        process.kill()
+        process.join()
+
+
+def dies_first(rank: int) -> None:
+    if rank == 0:
+        os._exit(7)
 
 
 def freezes(rank: int) -> None:

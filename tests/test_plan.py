@@ -197,13 +197,12 @@ def test_what_fits(capsys):
     assert len(rows) == 9 and {row[-2] for row in rows} == {"0.551"}
 
 
-@pytest.mark.parametrize(("ranks", "more"), [(2, 6), (1, 6), (3, 6)])
-def test_what_would_fit_fills_nodes(capsys, ranks, more):
-    """2, 4 and 8 ranks don't, on nodes of 3."""
+def test_what_would_fit_fills_nodes(capsys):
+    """4 and 8 ranks don't, on nodes of 3."""
     arguments = ("--params", "7e9", "--memory", "20GB", "--dtype", "bf16")
-    code, out = planned(capsys, *arguments, "--per-node", 3, "--ranks", ranks)
+    code, out = planned(capsys, *arguments, "--per-node", 3, "--ranks", 2)
     assert code == 1
-    assert f"It would on {more} ranks, with bf16, " in out
+    assert "It would on 6 ranks, with bf16, " in out
 
 
 def test_what_is_quickest_between_nodes(capsys):

@@ -27,7 +27,7 @@ def examine(*, as_json: bool, timeout: float) -> int:
     """Print what is found and return the exit code, the same on every rank.
 
     Raises:
-        CommandError: a launcher's store can't be reached.
+        CommandError: as of `Launched`.
     """
     if not Launched.some():
         own = _look_here(0)

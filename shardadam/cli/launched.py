@@ -6,6 +6,7 @@ has said nothing: every wait has an end.
 
 import json
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,11 @@ _LEAVING_S = 10.0
 
 
 class Launched:
-    """This rank and the others; all wait at most ``timeout`` seconds for each other."""
+    """This rank and the others; all wait at most ``timeout`` seconds for each other.
+
+    Raises:
+        CommandError: the launcher's store can't be reached, or rank 0 says nothing there.
+    """
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
@@ -33,7 +38,7 @@ class Launched:
         of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         try:
             # Not by torch's rendezvous, where the first rank waits for all others.
-            self._store = TCPStore(
+            self._store: Any = TCPStore(
                 address,
                 port,
                 self.world_size,
@@ -48,9 +53,7 @@ class Launched:
                 "firewall before MASTER_PORT"
             ) from None
         self._silent: set[int] = set()
-        # A restart must not read what was said before it.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._key = f"doctor/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{attempt}"
+        self._key = self._agree_on_key() if of_agent else "doctor"
 
     @classmethod
     def some(cls) -> bool:
@@ -81,6 +84,39 @@ class Launched:
             self._say("gone", True)
         for rank in self._others if self.rank == 0 else ():
             self._heard("gone", rank, deadline)
+
+    def _agree_on_key(self) -> str:
+        """One that rank 0 has made, and that nobody has spoken under before.
+
+        torchrun's store outlives an attempt, and its agents on several hosts don't count attempts
+        alike. So each rank asks under a name of its own, and rank 0 answers all that have asked.
+
+        Raises:
+            CommandError: rank 0 says nothing.
+        """
+        own, asked = f"doctor/{secrets.token_hex(8)}", "doctor/asked"
+        if self.rank != 0:
+            self._store.append(asked, f"{own} ")
+            try:
+                self._store.wait([own], timedelta(seconds=self.timeout))
+            except RuntimeError:
+                raise CommandError(
+                    f"nothing was heard of rank 0 within {self.timeout:g} s: see its own output. "
+                    "Expected it to be started, and not to die; a longer --timeout if it is slow"
+                ) from None
+            key: str = self._store.get(own).decode()
+            self._store.add(f"{key}/here", 1)
+            return key
+        deadline, answered = time.monotonic() + self.timeout, 0
+        while self._store.add(f"{own}/here", 0) < self.world_size - 1:
+            names = self._store.get(asked).decode().split() if self._store.check([asked]) else []
+            for name in names[answered:]:  # also of earlier attempts, whose ranks are dead
+                self._store.set(name, own)
+            answered = len(names)
+            if time.monotonic() > deadline:
+                break  # `share` finds out who is missing
+            time.sleep(0.02)
+        return own
 
     @contextmanager
     def process_group(self, device: torch.device) -> Iterator[Communicator]:
