@@ -1,6 +1,7 @@
 """launch/slurm.sbatch on a SLURM cluster: a job that is preempted or loses a node goes on."""
 
 import re
+import time
 from collections.abc import Callable
 
 import pytest
@@ -56,9 +57,12 @@ class Job:
 def test_a_job_goes_on_after_all_that_slurm_does_to_it(tmp_path):
     with slurm_cluster(tmp_path) as cluster:
         job = Job(cluster)
-        job.disturb(lambda: cluster.run("scancel", "--signal", "USR1", "--batch", job.number))
+        # Twice, as when it is preempted while its time is up.
+        ask = ("scancel", "--signal", "USR1", "--batch", job.number)
+        job.disturb(lambda: (cluster.run(*ask), time.sleep(0.5), cluster.run(*ask)))
         asked = job.ends()
         assert asked == [job.saved()] * 2  # both ranks, after the same step
+        assert "Job step aborted" not in job.said()  # it ended before the job was requeued
 
         urgent = ("--partition", "urgent", "--nodes", "2", "--wrap", "true")
         job.disturb(lambda: cluster.submit(*urgent))
