@@ -12,6 +12,7 @@ if [ -z "${RANK:-}" ]; then # on the host that starts all
   [ $# -gt 0 ] || set -- examples/train_gpt.py --resume --skip-baseline
   ranks=(--num_gpus "${RANKS:-2}")
   [ -z "${HOSTFILE:-}" ] || ranks=(--hostfile "$HOSTFILE")
+  ranks+=(--master_port "${PORT:-29400}")
   # Without --no_local_rank every script would have to take that argument. A shell that ssh opens
   # has another PATH, so which python is said.
   exec deepspeed "${ranks[@]}" --no_local_rank --no_python "$PWD/launch/deepspeed.sh" \

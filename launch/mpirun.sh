@@ -12,7 +12,7 @@ if [ -z "${OMPI_COMM_WORLD_RANK:-}" ]; then # on the host that starts all
   hosts=()
   [ -z "${HOSTFILE:-}" ] || hosts=(--hostfile "$HOSTFILE")
   MASTER_ADDR="${MASTER_ADDR:-$(hostname -I | awk '{ print $1 }')}"
-  MASTER_PORT="${MASTER_PORT:-29400}"
+  MASTER_PORT="${PORT:-29400}"
   export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
   exec mpirun -np "${RANKS:-2}" "${hosts[@]}" --bind-to none \
     -x MASTER_ADDR -x MASTER_PORT -x OMP_NUM_THREADS -x PATH \

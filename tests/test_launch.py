@@ -94,7 +94,7 @@ def test_torchrun_starts_ranks_and_starts_them_again(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("mpirun"), reason="no mpirun here (Debian: openmpi-bin)")
 def test_mpi_starts_ranks(tmp_path):
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29418"}
+    environment = {"MASTER_ADDR": "127.0.0.1", "PORT": "29418"}
     environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     mpi = launch("mpirun.sh", tmp_path / "mpi", **environment)
     assert mpi == launch("torchrun.sh", tmp_path / "torchrun")
