@@ -1,5 +1,6 @@
 """A flight record: what this process has exchanged with its peers of late, and where it is now."""
 
+import itertools
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from shardadam.phases import Phases
 
 _KEPT = 32
 _SHOWN = 5
+_dumps = itertools.count(1)
 _log = logging.getLogger("shardadam")
 _LIBRARIES = tuple(
     str(Path(file).parent) for file in (torch.__file__, __file__, threading.__file__)
@@ -42,7 +44,8 @@ class Leg:
     def __str__(self) -> str:
         took = "goes on" if self.seconds is None else f"took {1e3 * self.seconds:.1f} ms"
         began = time.strftime("%H:%M:%S", time.localtime(self.began))
-        return f"{began} {_named(self.place)}: {self.doing}, sent {self.sends} bytes, {took}"
+        sent = f", sent {self.sends} bytes" if self.sends else ""  # none where it waits
+        return f"{began} {_named(self.place)}: {self.doing}{sent}, {took}"
 
 
 class Flight:
@@ -72,17 +75,21 @@ class Flight:
         the folder that the environment variable SHARDADAM_FLIGHT_DIR names, if it is set.
         """
         legs = list(map(str, self.legs))
-        text = "\n  ".join(["the last exchanges of this rank:", *legs[-_SHOWN:]])
+        title = (
+            "the last exchanges of this rank, whose steps count from the optimizer's construction:"
+        )
+        text = "\n  ".join([title, *legs[-_SHOWN:]])
         folder = os.environ.get("SHARDADAM_FLIGHT_DIR")
         if folder:
-            path = Path(folder, f"flight-{socket.gethostname()}-{os.getpid()}.json")
-            record = {"error": error, "exchanges": legs, "torch": _record_of_torch()}
+            name = f"flight-{socket.gethostname()}-{os.getpid()}-{next(_dumps)}.json"
             try:
+                record = {"error": error, "exchanges": legs, "torch": _record_of_torch()}
+                path = Path(folder, name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(record, indent=1))
                 text += f"\n  more in {path}"
-            except OSError as unwritten:
-                text += f"\n  {unwritten}"
+            except Exception as unwritten:  # never in place of the error that is told
+                text += f"\n  no {name}: {type(unwritten).__name__}: {unwritten}"
         _log.error(text)
 
 

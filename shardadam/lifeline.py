@@ -5,6 +5,7 @@ it costs nothing. A process that is frozen keeps its connections; a host that is
 noticed by the system's keep-alive, within 15 s.
 """
 
+import contextlib
 import os
 import socket
 import threading
@@ -73,13 +74,14 @@ class Lifeline:
     def end(self) -> None:
         """Say farewell, and end `watch`."""
         self._ending.set()
-        self._listener.setblocking(False)
         try:
-            watcher, _ = self._listener.accept()
-            watcher.sendall(_FAREWELL)
-            watcher.close()
+            self._listener.setblocking(False)
+            while True:  # others than the watcher may have come, such as a port scanner
+                watcher, _ = self._listener.accept()
+                with contextlib.suppress(OSError), watcher:  # it may be gone
+                    watcher.sendall(_FAREWELL)
         except OSError:
-            pass  # nobody watches this rank, or not any more
+            pass  # that were all
         self._listener.close()
         if self._watched is not None:
             try:

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from shardadam.agreement import Range
+from shardadam.alarm import named
 from shardadam.block_sums import block_sums, crc_of
 from shardadam.buffers import FlatBucket
 from shardadam.collectives import Communicator
@@ -98,15 +99,11 @@ def _crcs(bucket: FlatBucket) -> list[int]:
 def _difference(name: str, found: Mapping[int, Sequence[int]]) -> RuntimeError:
     """``found``: which ranks have which digest."""
     most, *others = sorted(found.items(), key=lambda item: -len(item[1]))
-    digests = ", ".join(f"{_ranks(ranks)} {crc:08x}" for crc, ranks in [most, *others])
+    digests = ", ".join(f"{named(ranks)} {crc:08x}" for crc, ranks in [most, *others])
     outvoted = sorted(rank for _, ranks in others for rank in ranks)
-    culprits = f"; most ranks agree, {_ranks(outvoted)} changed"
+    culprits = f"; most ranks agree, {named(outvoted)} changed"
     return RuntimeError(
         f"ranks no longer have the same params: {name} has the digest {digests}"
         f"{culprits if len(most[1]) > len(outvoted) else ''}. A memory or a link fails, or the "
         "param was written on some ranks only. Nothing has been updated"
     )
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

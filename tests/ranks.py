@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import logging
 import multiprocessing
 import os
 import pickle
@@ -127,3 +128,12 @@ def _tcp_store(rank: int, path: str) -> Any:
         time.sleep(0.01)
     with open(path) as file:
         return dist.TCPStore("127.0.0.1", int(file.read()), is_master=False)
+
+
+def logged() -> list[logging.LogRecord]:
+    """What shardadam logs on this rank from now on."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("shardadam").addHandler(handler)
+    return records
