@@ -36,6 +36,11 @@ import torch.distributed as dist
 from shardadam.flight import whereabouts
 from shardadam.lifeline import Lifeline, own_address, own_machine
 
+if dist.is_available():
+    # Its functions have the default group as a default argument: imported by the first optimizer,
+    # as dynamo does, it would keep that group, and its store, beyond destroy_process_group().
+    import torch.distributed.nn.functional  # noqa: F401
+
 _ASKED, _LEAVES, _ENDED = "answer", "leave", "ended"
 _STALE_S = 10.0
 _READ_WITHIN_S = 0.5

@@ -4,6 +4,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -46,6 +48,18 @@ def destroys(rank: int) -> None:
 
 def test_a_destroyed_process_group_leaves_no_store_and_no_thread():
     run_ranks(3, destroys, lost=[LOST])
+
+
+def test_torch_keeps_no_process_group_that_our_optimizer_was_made_in():
+    program = """
+import weakref, torch, torch.distributed as dist, shardadam
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+shardadam.AdamW([torch.zeros(3, requires_grad=True)])
+world = weakref.ref(dist.group.WORLD)
+dist.destroy_process_group()
+assert world() is None
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def leaves_the_group(rank: int) -> str:
