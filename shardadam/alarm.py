@@ -18,6 +18,7 @@ it, so that one death is one question.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -98,6 +99,8 @@ class Alarm:
         # That of the next question: who comes late has not missed those before.
         self._number = store.add(self._key("questions"), 0)
         store.add(self._key("listening"), 1)
+        # Its own, since a question may wait for ever; made now, since later it may be in vain.
+        self._asking = store.clone()
         self._threads = [
             threading.Thread(target=target, args=(store.clone(),), daemon=True)
             for target in (self._listen, self._watch)
@@ -115,19 +118,19 @@ class Alarm:
         Takes little more than a second, whatever has become of them.
         """
         with self._heard:
+            answered = True
             if not (self._closed or self._knows()):
                 number, self._asks = self._number, True
                 # In a thread: a store whose process is frozen is waited for without a bound.
                 threading.Thread(target=self._ask, args=(number,), daemon=True).start()
-                self._heard.wait_for(
-                    lambda: self._closed or self._number > number, _STORE_ANSWERS_WITHIN_S
+                answered = self._heard.wait_for(
+                    lambda: bool(self._closed) or self._number > number, _STORE_ANSWERS_WITHIN_S
                 )
                 self._asks = False
-                if not self._closed and self._number == number:
-                    return (
-                        f"{_STORE_LOST}; before, {self._last()}" if self._answers else _STORE_LOST
-                    )
-        return self._closed or self._last()
+        if answered and not self._closed:
+            return self._last()
+        why = self._closed or _STORE_LOST
+        return f"{why}; before, {self._last()}" if self._answers else why
 
     def _last(self) -> str:
         """What was told last."""
@@ -142,9 +145,9 @@ class Alarm:
 
     def _ask(self, number: int) -> None:
         try:
-            self._wake(self._store.clone(), number)
+            self._wake(self._asking, number)
         except RuntimeError:
-            pass  # the store is gone
+            pass  # the store is gone, as the listener finds too
 
     def _wake(self, store: Any, number: int) -> None:
         if store.add(self._key(f"{number}/asked"), 1) == 1:
@@ -158,8 +161,8 @@ class Alarm:
             while not self._closed:
                 self._hear(store)
             store.add(self._key("listening"), -1)
-        except RuntimeError:
-            pass  # the store is gone; whoever needs it says so
+        except RuntimeError:  # the store is gone
+            self._close(_STORE_LOST)
 
     def _hear(self, store: Any) -> None:
         """One word: a question, or that there will be none any more."""
@@ -171,8 +174,11 @@ class Alarm:
             return
         closed = self._say_farewell(store) if self._gone else word
         self._lifeline.end()  # nobody can be told of a death any more
+        self._close(closed)
+
+    def _close(self, why: str) -> None:
         with self._heard:
-            self._closed = closed
+            self._closed = self._closed or why
             self._heard.notify_all()
 
     def _answer(self, store: Any) -> None:
@@ -257,20 +263,19 @@ class Alarm:
             return
         self._gone = how
         self._at_exit.cancel()
-        try:
-            if not self._closed:
-                # This waits for no reply of the store, which may be frozen.
-                keys = [*self._wake_keys([self._rank]), self._key(f"address/{self._rank}")]
+        if not self._closed:
+            keys = [*self._wake_keys([self._rank]), self._key(f"address/{self._rank}")]
+            with contextlib.suppress(RuntimeError):  # the store may be gone
+                # It waits for no reply of the store, which may be frozen.
                 self._store.multi_set(keys, [*[_LEAVES] * (len(keys) - 1), _ENDED])
-            self._lifeline.end()
-            for thread in self._threads:
-                if thread is not threading.current_thread():
-                    thread.join(_JOINED_WITHIN_S)
-            if self._holds_store:
-                self._wait_for_readers()
-        except RuntimeError:
-            pass  # the store is gone
-        self._store = None
+        self._lifeline.end()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(_JOINED_WITHIN_S)
+        if self._holds_store:
+            self._wait_for_readers()
+        self._close(f"rank {self._rank} {how}")
+        self._store = self._asking = None
 
     def _say_farewell(self, store: Any) -> str:
         """Why nobody can be asked any more."""

@@ -81,7 +81,7 @@ class Lifeline:
                 with contextlib.suppress(OSError), watcher:  # it may be gone
                     watcher.sendall(_FAREWELL)
         except OSError:
-            pass  # that were all
+            pass  # there are no more
         self._listener.close()
         if self._watched is not None:
             try:

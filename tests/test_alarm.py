@@ -161,3 +161,23 @@ def test_a_farewell_reaches_the_watcher_behind_a_port_scanner():
         watched.end()
         watcher.join(5.0)
     assert not watcher.is_alive() and not lost
+
+
+def leaves_without_a_store(rank: int) -> None:
+    threads = threading.active_count()
+    model = mlp()
+    optimizer = shardadam.AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    time.sleep(0.5)  # until all are watched
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    failure(model, optimizer)
+    Alarm.of_world()._leave("has ended")
+    deadline = time.monotonic() + 5.0  # one that has asked may be about to end
+    while threading.active_count() > threads:
+        assert time.monotonic() < deadline, threading.enumerate()
+        time.sleep(0.01)
+
+
+def test_threads_end_where_the_store_has_gone():
+    run_ranks(3, leaves_without_a_store, lost=[0])
