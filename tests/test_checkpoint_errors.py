@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import re
 import resource
-import subprocess
 import time
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import shardadam
+from disks import small_disk
 from models import mlp, same, values
 from ranks import run_ranks
 from saved_runs import step
@@ -116,21 +116,11 @@ def test_a_file_over_the_limit(tmp_path):
 
 @pytest.mark.fault("a disk that is full in a save", "an error on every rank")
 def test_a_full_disk(tmp_path):
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
-    try:
+    with small_disk(tmp_path, "3m"):
         first, second = run_ranks(2, too_large, str(tmp_path), False)
         assert first == second
         assert re.search("No space left on device", first)
         assert not list(tmp_path.glob(".writing*"))
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def dies(rank: int, folder: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import shardadam
+from disks import small_disk
 from models import mlp, same, train, values
 from ranks import run_ranks
 from shardadam import slots
@@ -144,23 +145,13 @@ def test_ranks_offload_alike_but_for_the_directory(tmp_path):
 
 @pytest.mark.fault("offload: a disk that is full", "an error on every rank")
 def test_a_full_disk(tmp_path):
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
-    try:
+    with small_disk(tmp_path, "64k"):
         with pytest.raises(OSError, match=r"\d+,\d+ bytes of .*: No space left") as caught:
             shardadam.AdamW(mlp().parameters(), offload=tmp_path)
         assert caught.value.errno == errno.ENOSPC
         del caught
         gc.collect()
         assert os.statvfs(tmp_path).f_bfree == os.statvfs(tmp_path).f_blocks
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 # ---- in a step -----------------------------------------------------------------------------------
